@@ -1,0 +1,1 @@
+"""What a model's inputs look like: token sources, statistics of activations, and the walk from block to block."""

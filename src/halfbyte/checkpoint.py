@@ -1,0 +1,132 @@
+"""Our checkpoints: a quantized block as tensors and back, and the files that surround them.
+
+Names are those of the source checkpoint, so that every client finds what it looks for.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.calibration.data import Calibration
+from halfbyte.evaluation.card import card, own_card
+from halfbyte.evaluation.report import Report, completed, html
+from halfbyte.export import LAYOUTS
+from halfbyte.export.folder import OutputFolder, sha256
+from halfbyte.models.linearize import TransposedLinear
+from halfbyte.models.load import Skeleton, WeightFiles
+from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.plan import Plan, ignored_paths
+from halfbyte.recipe import Recipe
+from halfbyte.scheme import WeightFormat
+
+LAYOUT = LAYOUTS["compressed-tensors"]
+SIDECAR = "halfbyte.json"
+CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # tokenizer, generation config, chat template, remote code
+REPLACED = {"config.json", "model.safetensors.index.json", "quantize_config.json", SIDECAR}
+
+
+def fingerprint(
+    files: WeightFiles, recipe: Recipe, calibration: Calibration | None, device: torch.device, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """Everything that decides the result, for the journal and as provenance."""
+    return {
+        "source": {path.name: sha256(path) for path in sorted({*files.files.values(), files.folder / "config.json"})},
+        "recipe": recipe.model_dump(mode="json"),
+        "calibration": None if calibration is None else {"text": calibration.description, "sha256": calibration.sha256},
+        "seed": seed,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("halfbyte", "torch", "transformers", "safetensors")},
+    }
+
+
+def block_tensors(
+    skeleton: Skeleton, files: WeightFiles, index: int, block: nn.Module, quantized: Mapping[str, QuantizedWeight]
+) -> dict[str, Tensor]:
+    """The tensors of a quantized block under their names in the checkpoint; unquantized ones in their stored dtype."""
+    tensors = {}
+    for path, module, key, parameter in parameters_of(skeleton, index, block):
+        stored = skeleton.stored_name(f"{path}.{key}", files)
+        name = path.removeprefix(f"{skeleton.blocks_name}.{index}.")
+        if key == "weight" and name in quantized:
+            packed = LAYOUT.write(quantized[name])
+            tensors |= {f"{stored.removesuffix('weight')}{suffix}": tensor for suffix, tensor in packed.items()}
+        else:
+            value = parameter.T if isinstance(module, TransposedLinear) and key == "weight" else parameter
+            tensors[stored] = value.to("cpu", files.dtype(stored)).contiguous()
+    return tensors
+
+
+def restore_block(
+    skeleton: Skeleton, path: Path, index: int, block: nn.Module, formats: Mapping[str, WeightFormat]
+) -> None:
+    """Give a block the values of its finished file, as the run that wrote it left them. Edits in place."""
+    shard = WeightFiles(path.parent, [path.name])
+    for module_path, module, key, parameter in parameters_of(skeleton, index, block):
+        name = module_path.removeprefix(f"{skeleton.blocks_name}.{index}.")
+        if key == "weight" and name in formats:
+            first = skeleton.stored_name(f"{module_path}.{LAYOUT.suffixes[0]}", shard)
+            base = first.removesuffix(LAYOUT.suffixes[0])
+            parts = {suffix: shard.read(base + suffix) for suffix in LAYOUT.suffixes if base + suffix in shard}
+            value = LAYOUT.read(parts, formats[name]).decode()
+        else:
+            value = shard.read(skeleton.stored_name(f"{module_path}.{key}", shard))
+            value = value.T if isinstance(module, TransposedLinear) and key == "weight" else value
+        parameter.data.copy_(value)
+
+
+def parameters_of(
+    skeleton: Skeleton, index: int, block: nn.Module
+) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Module's path from the root, module, parameter's key and value, for every parameter of a block."""
+    for path, module in block.named_modules(prefix=f"{skeleton.blocks_name}.{index}"):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield path, module, key, parameter
+
+
+def write_rest(skeleton: Skeleton, files: WeightFiles, folder: OutputFolder, name: str) -> None:
+    """Everything of the source that no block holds, as it was stored."""
+    if name in folder.finished:
+        return
+    prefix = skeleton.blocks_name + "."
+    inside = {
+        skeleton.stored_name(path, files) for path, _ in skeleton.model.named_parameters() if path.startswith(prefix)
+    }
+    folder.write_tensors(name, {key: files.read(key) for key in files if key not in inside}, [])
+
+
+def finish(
+    skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe, mark: Mapping[str, Any], report: Report
+) -> Report:
+    """Write the files around the tensors and let the folder appear under its name."""
+    names = {"weight_map": {t: name for name, entry in folder.finished.items() for t in entry["tensors"]}}
+    index = {"metadata": {"total_size": sum(entry["size"] for entry in folder.finished.values())}, **names}
+    source = skeleton.folder
+    for path in sorted({path for pattern in CARRIED for path in source.glob(pattern)} - {source / n for n in REPLACED}):
+        folder.copy(path)
+    formats = {module.path: module.format for module in plan if module.format is not None}
+    on_disk = {skeleton.disk_path(path): format for path, format in formats.items()}
+    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, {module.path: module for module in plan}))
+    quantization["quant_method"] = plan.layout
+    sidecar = {
+        "provenance": dict(mark),
+        "formats": {path: format.model_dump(mode="json") for path, format in on_disk.items()},
+        "files": {name: entry["sha256"] for name, entry in folder.finished.items()},
+    }
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
+    folder.write_text("model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
+    folder.write_text(SIDECAR, json.dumps(sidecar, indent=2, sort_keys=True))
+    folder.write_text("recipe.yaml", recipe.dump())
+    report = completed(report, plan, mark)
+    folder.write_text("report.json", json.dumps(report.to_json(), indent=2))
+    folder.write_text("report.html", html(report))
+    folder.write_text("README.md", card(report, config, own_card(source)))
+    folder.write_text("config.json", json.dumps(config, indent=2))
+    folder.complete()
+    return report

@@ -1,0 +1,72 @@
+"""halfbyte evaluate."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halfbyte.cli.quantize import Device
+from halfbyte.cli.terminal import console_beside, progress, write_json
+
+
+class Dtype(StrEnum):
+    """What to compute in; auto is float32 on the CPU and the checkpoint's own type on a GPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the Hugging Face hub.")
+    ],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A text that the model was not calibrated on.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="The model as it was: measure the drift from it."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time; papers use 2048.")] = 2048,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
+    device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.AUTO,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto is float32 on the CPU and the checkpoint's own type on a GPU.")
+    ] = Dtype.AUTO,
+    bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write what was measured as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Measure a model's perplexity, and with --against how far quantization has moved it.
+
+    Perplexity is per token, over windows that do not overlap. Against the
+    original, on the same tokens: mean and 99 % quantile of the KL divergence,
+    and how often both models hold the same token most likely.
+
+    \b
+    halfbyte evaluate model-w4 --text held-out.txt
+    halfbyte evaluate model-w4 --against org/model --text held-out.txt
+    """
+    # PyTorch and transformers take seconds to import, which the help must not wait for.
+    import torch
+
+    from halfbyte.cli import tables
+    from halfbyte.evaluation.perplexity import evaluate as run
+
+    with progress() as step:
+        measured = run(
+            model,
+            against=against,
+            text=text,
+            window=window,
+            limit_windows=limit_windows,
+            device=device.value,
+            dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
+            bos=bos,
+            progress=lambda done, total: step(done, total, f"window {done} of {total}"),
+        )
+    if json is not None:
+        write_json(measured.to_json(), json)
+    console_beside(json).print(tables.evaluation(measured))

@@ -1,0 +1,255 @@
+"""compressed-tensors, format `pack-quantized`: what transformers, vLLM and SGLang read with no code of ours.
+
+Tensors of a linear layer [out, in], codes unsigned and packed as in packing/int32_words.py:
+
+    weight_packed      int32  [out, words]     runs along `in`
+    weight_scale       float  [out, groups]    per channel [out, 1], per tensor [1]
+    weight_shape       int64  [2]              out, in
+    weight_zero_point  int32  [words, groups]  packed along `out`; asymmetric formats only
+
+The configuration names formats by config groups, each with its targets: a class name, a path, or `re:` and a regular
+expression. Only the keys that every reader knows are written: an unknown one makes compressed-tensors refuse the file.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import CheckpointError
+from halfbyte.export.layout import (
+    Stored,
+    check_stored,
+    common_refusal,
+    exact_scales,
+    expect,
+    own_codes,
+    present,
+    require,
+    resolved,
+    scale_dtype,
+    scale_dtypes,
+    unsigned_codes,
+    whole_zero_points,
+)
+from halfbyte.export.targets import patterns
+from halfbyte.numerics.grid import Grid, scales_shape
+from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.packing import int32_words
+from halfbyte.scheme import Convention, PerChannel, PerGroup, PerTensor, WeightFormat
+
+PACKED = "pack-quantized"
+FOLLOWS = "0.20.0"  # the version of compressed-tensors whose format this is
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensors:
+    """The layout; it has no options."""
+
+    name: str = "compressed-tensors"
+    suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+    def refusal(self, format: WeightFormat, out: int, columns: int) -> str | None:
+        """See Layout."""
+        if format.granularity == PerTensor() and not format.symmetric:
+            return "it packs zero points per channel and per group only: choose `granularity: {kind: channel}`"
+        return common_refusal(format, out, columns)
+
+    def caveat(self, format: WeightFormat) -> str | None:
+        """See Layout."""
+        if format.granularity == PerTensor():
+            return "vLLM reads one scale per channel or group, not one per tensor"
+        if not format.symmetric:
+            return "transformers 5.23 loads zero points only with CompressedTensorsConfig(dequantize=True)"
+        return None
+
+    def write(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """See Layout."""
+        out, columns = weight.codes.shape
+        require(self.refusal(weight.format, out, columns), self.name)
+        return {
+            "weight_packed": int32_words.pack(unsigned_codes(weight), weight.format.bits).cpu(),
+            "weight_shape": torch.tensor([out, columns], dtype=torch.int64),
+            **self.write_grid(weight.grid, weight.format),
+        }
+
+    def write_grid(self, grid: Grid, format: WeightFormat) -> dict[str, Tensor]:
+        """See Layout."""
+        scales = exact_scales(grid.scales, scale_dtype(format)).cpu()
+        tensors = {"weight_scale": (scales.flatten() if format.granularity == PerTensor() else scales).contiguous()}
+        if not format.symmetric:
+            points = whole_zero_points(grid, format)
+            tensors["weight_zero_point"] = int32_words.pack_zero_points(points, format.bits).cpu().contiguous()
+        return tensors
+
+    def read(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> QuantizedWeight:
+        """See Layout."""
+        _, columns = self.shape(tensors, format)
+        stored = int32_words.unpack(tensors["weight_packed"], format.bits, columns)
+        grid, format = self.read_grid(tensors, format)
+        return QuantizedWeight(own_codes(stored, format), grid, format)
+
+    def read_grid(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[Grid, WeightFormat]:
+        """See Layout."""
+        out, columns = self.shape(tensors, format)
+        stored = tensors["weight_scale"]
+        format = resolved(format, stored.dtype)
+        scales = stored.to(torch.float32).reshape(scales_shape(out, columns, format.granularity))
+        if format.symmetric:
+            return Grid(scales), format
+        points = int32_words.unpack_zero_points(tensors["weight_zero_point"], format.bits, out)
+        return Grid(scales, points.to(torch.float32)), format
+
+    def shape(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[int, int]:
+        """See Layout."""
+        stated = present(tensors, "weight_shape")
+        if stated.is_floating_point() or stated.shape != (2,) or int(stated.min()) < 1:
+            raise CheckpointError(f"weight_shape is {stated.tolist()}, not two sizes: download the checkpoint again")
+        out, columns = (int(length) for length in stated)
+        expect(self.refusal(format, out, columns), self.name, out, columns)
+        grid = scales_shape(out, columns, format.granularity)
+        expected: dict[str, Stored] = {
+            "weight_packed": ((out, int32_words.words_for(columns, format.bits)), (torch.int32,)),
+            "weight_scale": ((1,) if format.granularity == PerTensor() else grid, scale_dtypes(format)),
+        }
+        if not format.symmetric:
+            expected["weight_zero_point"] = ((int32_words.words_for(out, format.bits), grid[1]), (torch.int32,))
+        check_stored(tensors, expected)
+        return out, columns
+
+    def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
+        """See Layout. Formats that differ in convention or scale dtype alone share a group: readers see no difference.
+
+        Several groups never use the target `Linear`: vLLM would take it for every fused layer (q, k and v in one).
+        """
+        members: dict[str, list[str]] = defaultdict(list)
+        weights: dict[str, dict[str, Any]] = {}
+        for path, format in formats.items():
+            arguments = _arguments(format)
+            members[str(arguments)].append(path)
+            weights[str(arguments)] = arguments
+        groups = {}
+        for index, key in enumerate(sorted(members, key=lambda key: -len(members[key]))):
+            targets = ["Linear"]
+            if len(members) > 1:
+                mine = set(members[key])
+                expressions, single = patterns(
+                    members[key], [*(path for path in formats if path not in mine), *ignored]
+                )
+                targets = [f"re:{expression}" for expression in expressions] + single
+            groups[f"group_{index}"] = {
+                "targets": targets,
+                "format": PACKED,
+                "weights": weights[key],
+                "input_activations": None,
+                "output_activations": None,
+            }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "version": FOLLOWS,
+            "config_groups": groups,
+            "ignore": list(ignored),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+
+    def formats(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, WeightFormat]:
+        """See Layout. Paths go before expressions before class names, as the library itself decides."""
+        ignored = _Targets(dict.fromkeys(config.get("ignore") or (), True))
+        groups = config.get("config_groups") or {}
+        targets = _Targets({target: name for name, group in groups.items() for target in _targets(name, group)})
+        chosen = {path: targets.of(path) for path in modules if not ignored.of(path)}
+        found = {
+            name: _format(name, groups[name], config.get("format"))
+            for name in sorted({name for name in chosen.values() if name is not None})
+        }
+        return {
+            path: format for path, name in chosen.items() if name is not None and (format := found[name]) is not None
+        }
+
+    def beyond_weights(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """See Layout."""
+        groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+        asked = {
+            "quantized activations": any(g.get("input_activations") or g.get("output_activations") for g in groups),
+            "a quantized cache": bool(config.get("kv_cache_scheme")),
+            "online rotations": bool((config.get("transform_config") or {}).get("config_groups")),
+            "sparsity": bool(config.get("sparsity_config") or config.get("moe_sparsity_config")),
+        }
+        return tuple(name for name, present in asked.items() if present)
+
+
+class _Targets:
+    """Which value a path's target has. CheckpointError for a target that is no regular expression."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self.expressions = []
+        for target in sorted(target for target in values if target.startswith("re:")):
+            try:
+                self.expressions.append((re.compile(target.removeprefix("re:")), values[target]))
+            except re.error as cause:
+                raise CheckpointError(f"target {target!r} of config.json is no regular expression: {cause}") from cause
+
+    def of(self, path: str) -> Any:
+        """The value of the first target that matches, or None."""
+        if path in self.values:
+            return self.values[path]
+        matching = (value for expression, value in self.expressions if expression.match(path))
+        return next(matching, self.values.get("Linear"))
+
+
+def _targets(name: str, group: Any) -> Sequence[str]:
+    if not isinstance(group, Mapping):
+        raise CheckpointError(
+            f"config group {name!r} names a preset only: load the checkpoint with compressed-tensors and save it "
+            "again, which writes the preset out"
+        )
+    return group.get("targets") or ()
+
+
+def _arguments(format: WeightFormat) -> dict[str, Any]:
+    """The `weights` entry of a config group: compressed-tensors' QuantizationArgs."""
+    granularity = format.granularity
+    return {
+        "num_bits": format.bits,
+        "type": "int",
+        "symmetric": format.symmetric,
+        "strategy": granularity.kind,
+        "group_size": granularity.size if isinstance(granularity, PerGroup) else None,
+        "dynamic": False,
+    }
+
+
+def _format(name: str, group: Mapping[str, Any], default: str | None) -> WeightFormat | None:
+    """The format of a config group; None where it leaves weights as they are."""
+    weights, form = group.get("weights"), group.get("format") or default
+    if weights is None:
+        return None
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    size = weights.get("group_size")
+    strategy = strategy or {None: "tensor", -1: "channel"}.get(size, "group")
+    granularity = {"tensor": PerTensor(), "channel": PerChannel()}.get(strategy)
+    if strategy == "group" and isinstance(size, int) and size > 0:
+        granularity = PerGroup(size=size)
+    if form != PACKED or kind != "int" or granularity is None or bits not in range(2, 9):
+        raise CheckpointError(
+            f"config group {name!r} holds {form} weights of type {kind}, {bits} bits, one scale per {strategy}: "
+            f"halfbyte reads {PACKED} integers of 2 to 8 bits per group, channel or tensor; use the program that wrote "
+            "them"
+        )
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise CheckpointError(
+            f"config group {name!r} orders columns by activation (actorder: {weights['actorder']}), so that groups are "
+            "scattered, which current readers refuse: quantize again with actorder static, or none"
+        )
+    convention = Convention.GPTQ if weights.get("symmetric", True) else Convention.ASYMMETRIC
+    return WeightFormat(bits=bits, convention=convention, granularity=granularity)

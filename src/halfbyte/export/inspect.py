@@ -1,0 +1,145 @@
+"""What a checkpoint folder holds, and whether it is intact."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.export import layout_of
+from halfbyte.export.folder import sha256
+from halfbyte.export.layout import Layout
+from halfbyte.export.shards import SIDECAR, Shards, model_config, quantization_config
+from halfbyte.export.targets import family
+from halfbyte.scheme import WeightFormat
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedModule:
+    """One quantized linear layer."""
+
+    path: str
+    format: str  # "int4 sym g128"
+    shape: tuple[int, int]  # out, in
+    bits_per_weight: float  # all stored tensors: codes, scales, zero points
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint folder on one page."""
+
+    folder: str
+    layout: str | None  # quant_method; None: not quantized
+    formats: dict[str, int]  # modules of each format
+    modules: tuple[InspectedModule, ...]
+    bits_per_weight: float | None  # over the quantized modules
+    model_bits_per_weight: float  # over everything
+    bytes_on_disk: int  # of the weight files
+    unquantized_share: float  # of the parameters
+    problems: tuple[str, ...]  # empty: intact, as far as can be told
+    kernels: dict[str, int] | None = None  # modules that each kernel would run; for the caller to fill in
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self)
+
+
+def inspect(folder: Path, *, linears: Sequence[str] = (), hashes: bool = True) -> Inspection:
+    """Look at a checkpoint of any of LAYOUTS, intact or not. CheckpointError only where the folder is no checkpoint.
+
+    `linears`: paths of the model's linear layers, if the caller knows them; otherwise a quantized module of which no
+    tensor is left goes unnoticed unless an index, a target or a hash names it. `hashes`: read every byte to compare the
+    files with the hashes in halfbyte.json.
+    """
+    config, shards = model_config(folder), Shards(folder)
+    problems = list(shards.problems)
+    section = quantization_config(config)
+    layout, formats = None, {}
+    if section is not None:
+        try:
+            layout = layout_of(section)
+            formats = layout.formats(section, candidates(layout, section, shards, linears))
+        except HalfbyteError as cause:
+            problems.append(str(cause))
+    modules = []
+    quantized = 0
+    suffixes = layout.suffixes if layout else ()
+    for path, format in formats.items():
+        found = inspect_module(layout, shards, path, format) if layout else None
+        if isinstance(found, InspectedModule):
+            modules.append(found)
+            quantized += found.shape[0] * found.shape[1]
+        elif found:
+            problems.append(found)
+    problems += [
+        f"{path} has packed tensors, which config.json does not mention"
+        for path in shards.modules(suffixes)
+        if path not in formats
+    ]
+    if hashes:
+        problems += wrong_hashes(folder)
+    packed = {f"{path}.{suffix}" for path in formats for suffix in suffixes}
+    plain = sum(shards.read(name).numel() for name in shards.place if name not in packed)
+    bits = sum(module.bits_per_weight * module.shape[0] * module.shape[1] for module in modules)
+    stored = sum(shards.read(name).nbytes for name in shards.place)
+    return Inspection(
+        folder=str(folder),
+        layout=str(section.get("quant_method")) if section else None,
+        formats=dict(Counter(module.format for module in modules).most_common()),
+        modules=tuple(modules),
+        bits_per_weight=bits / quantized if quantized else None,
+        model_bits_per_weight=8 * stored / max(plain + quantized, 1),
+        bytes_on_disk=shards.bytes_on_disk,
+        unquantized_share=plain / max(plain + quantized, 1),
+        problems=tuple(problems),
+    )
+
+
+def candidates(layout: Layout, section: dict[str, Any], shards: Shards, linears: Iterable[str]) -> list[str]:
+    """Paths that may belong to a quantized linear layer."""
+    found = [*shards.modules(layout.suffixes), *linears]
+    if layout.name == "compressed-tensors":
+        # this layout names what it quantizes and what not; the others leave routers and the like to the reader
+        groups = [group for group in section.get("config_groups", {}).values() if isinstance(group, dict)]
+        found += [path for group in groups for path in group.get("targets") or () if "." in path and path[:3] != "re:"]
+        found += [path for path in shards.matrices() if family(path)]
+    return list(dict.fromkeys(found))
+
+
+def inspect_module(layout: Layout, shards: Shards, path: str, format: WeightFormat) -> InspectedModule | str:
+    """What is there of a module that config.json calls quantized, or what is wrong with it."""
+    tensors = shards.module(path, layout.suffixes)
+    if not tensors:
+        there = "is a plain matrix" if f"{path}.weight" in shards.place else "has no tensors"
+        return f"{path} {there}, although config.json says that it is {format}"
+    try:
+        out, columns = layout.shape(tensors, format)
+        grid, format = layout.read_grid(tensors, format)
+    except HalfbyteError as cause:
+        return f"{path}: {cause}"
+    if not torch.isfinite(grid.scales).all():
+        return f"{path}: {int((~torch.isfinite(grid.scales)).sum())} scales are NaN or Inf"
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return InspectedModule(path, str(format), (out, columns), 8 * size / (out * columns))
+
+
+def wrong_hashes(folder: Path) -> list[str]:
+    """Files that differ from what halfbyte.json says of them."""
+    path = folder / SIDECAR
+    if not path.is_file():
+        return []
+    try:
+        hashes = json.loads(path.read_text()).get("files") or {}
+    except (ValueError, AttributeError) as cause:
+        return [f"{SIDECAR} is damaged ({cause})"]
+    problems = []
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing, which {SIDECAR} lists")
+        elif sha256(folder / name) != expected:
+            problems.append(f"{name} is not the file that was written: its sha256 differs from {SIDECAR}")
+    return problems

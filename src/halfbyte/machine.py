@@ -1,0 +1,58 @@
+"""What this machine has and uses: device, memory, and its rate of products for time estimates."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import HalfbyteError
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one. HalfbyteError for a device that is not here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise HalfbyteError(f"device {device!r} is not known: use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HalfbyteError("device cuda was asked for and PyTorch sees no GPU here: use --device cpu, or mend the driver")
+    return torch.device(device)
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds now; where the system does not say, the most it ever held."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return _most_resident()
+
+
+def _most_resident() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def start_measuring() -> None:
+    """Forget earlier peaks of the device's memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_used(device: torch.device) -> tuple[int, int]:
+    """Peak bytes of this process on the host, and of PyTorch's tensors on the device since `start_measuring`."""
+    return _most_resident(), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def measured_flops(device: torch.device, size: int = 1024) -> float:
+    """Operations a second of float32 products on this device, now."""
+    left = torch.randn(size, size, device=device)
+    left @ left
+    rounds, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.2:
+        float((left @ left)[0, 0])
+        rounds += 1
+    return rounds * 2 * size**3 / (time.perf_counter() - start)

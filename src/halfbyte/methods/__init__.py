@@ -1,0 +1,7 @@
+"""The methods, one file each. To add one: its file, its line here, its test, its page in docs/."""
+
+from halfbyte.methods.awq import AWQ
+from halfbyte.methods.gptq import GPTQ
+from halfbyte.methods.rtn import RTN
+
+METHODS = {"awq": AWQ, "gptq": GPTQ, "rtn": RTN}

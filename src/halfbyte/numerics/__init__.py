@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: grids, range searches, quantized weights, error measures. Knows torch and the scheme."""

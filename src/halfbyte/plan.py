@@ -1,0 +1,172 @@
+"""What a run would do, before it does it: every module's format, the bytes on disk, memory and time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from halfbyte.calibration.walk import linears
+from halfbyte.errors import FormatError, RecipeError, WeightError
+from halfbyte.export import LAYOUTS
+from halfbyte.models.linearize import TransposedLinear
+from halfbyte.models.load import Skeleton, WeightFiles
+from halfbyte.numerics.grid import scales_shape
+from halfbyte.recipe import Recipe
+from halfbyte.scheme import FloatScale, WeightFormat
+
+LAYOUT = LAYOUTS["compressed-tensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """One linear of the model."""
+
+    path: str
+    shape: tuple[int, int]
+    format: WeightFormat | None  # None: stays as it is
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole run."""
+
+    modules: tuple[ModulePlan, ...]
+    layout: str  # the quant_method that the checkpoint will carry
+    bytes_before: int
+    bytes_after: int
+    peak_host: int  # bytes
+    peak_device: int  # bytes; 0 where the device is the host
+    seconds: float | None  # None until a throughput was measured
+
+    def formats(self, prefix: str) -> dict[str, WeightFormat]:
+        """Name relative to `prefix` -> format, of the modules below it that will be quantized."""
+        return {
+            module.path.removeprefix(prefix): module.format
+            for module in self.modules
+            if module.format is not None and module.path.startswith(prefix)
+        }
+
+    def __iter__(self) -> Iterator[ModulePlan]:
+        return iter(self.modules)
+
+
+def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tuple[ModulePlan, ...]:
+    """Every linear of every block, checked against its format.
+
+    RecipeError where the recipe selects nothing or asks for what cannot be done yet; WeightError, FormatError with the
+    module's path where a format does not fit it.
+    """
+    if recipe.scheme.activations or recipe.scheme.cache:
+        part = "activations" if recipe.scheme.activations else "cache"
+        raise RecipeError(
+            f"recipe {recipe.name!r} asks for quantized {part}, which this version can describe but not produce: remove "
+            f"`scheme.{part}`"
+        )
+    modules = []
+    for index, block in enumerate(skeleton.blocks):
+        for name, linear in linears(block).items():
+            path = f"{skeleton.blocks_name}.{index}.{name}"
+            stored = skeleton.stored_name(f"{path}.weight", files)
+            if stored not in files:
+                files.read(stored)  # raises, saying which tensor is missing
+            size = files.nbytes(stored)
+            format = recipe.format_of(path)
+            out, columns = linear.out_features, linear.in_features
+            if format is not None:
+                format = resolved(format, files.dtype(stored))
+                try:
+                    scales_shape(out, columns, format.granularity)
+                except WeightError as cause:
+                    raise WeightError(f"{path}: {cause}") from cause
+                if reason := LAYOUT.refusal(format, out, columns):
+                    raise FormatError(f"{path}: {reason}")
+            after = size if format is None else packed_bytes(out, columns, format)
+            modules.append(ModulePlan(path, (out, columns), format, size, after))
+    if not any(module.format for module in modules):
+        raise RecipeError(
+            f"recipe {recipe.name!r} selects none of the {len(modules)} linears of this model: look at its `ignore` list"
+        )
+    return tuple(modules)
+
+
+def resolved(format: WeightFormat, dtype: torch.dtype) -> WeightFormat:
+    """The format with the scale's dtype named: `model` becomes the weight's own."""
+    if isinstance(format.scale, FloatScale) and format.scale.dtype == "model":
+        name = str(dtype).removeprefix("torch.")
+        return format.model_copy(update={"scale": FloatScale.model_validate({"dtype": name})})
+    return format
+
+
+def packed_bytes(out: int, columns: int, format: WeightFormat) -> int:
+    """Bytes of the stored codes, scales and zero points."""
+    rows, groups = scales_shape(out, columns, format.granularity)
+    scale = 4 if isinstance(format.scale, FloatScale) and format.scale.dtype == "float32" else 2
+    zeros = 0 if format.symmetric else 4 * ceil(rows * format.bits / 32) * groups
+    return 4 * out * ceil(columns * format.bits / 32) + scale * rows * groups + zeros + 16
+
+
+def layout_name(skeleton: Skeleton) -> str:
+    """compressed-tensors wherever its readers would find the modules; our own name where they would not (Conv1D)."""
+    transposed = any(isinstance(module, TransposedLinear) for module in skeleton.model.modules())
+    return "halfbyte" if transposed else LAYOUT.name
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The sizes that memory and time depend on."""
+
+    samples: int
+    length: int
+    batch: int  # samples per forward pass
+    hidden: int
+    itemsize: int  # bytes of an activation
+    streams: int  # 0 without data, 1, or 2 where the float model runs beside
+    on_host: bool
+    base: int  # bytes that the process held before it began
+
+
+def peak_memory(skeleton: Skeleton, plan: tuple[ModulePlan, ...], work: Workload) -> tuple[int, int]:
+    """Peak bytes of host and device. The largest block, its statistics, the stream, and the solver's matrices."""
+    blocks: dict[str, list[ModulePlan]] = {}
+    depth = skeleton.blocks_name.count(".") + 2
+    for module in plan:
+        blocks.setdefault(".".join(module.path.split(".")[:depth]), []).append(module)
+    elements = max(sum(m.shape[0] * m.shape[1] for m in block) for block in blocks.values())
+    widest = max(m.shape[1] for m in plan)
+    largest = max(m.shape[0] * m.shape[1] for m in plan)
+    weights = elements * work.itemsize
+    streams = work.streams * work.samples * work.length * work.hidden * work.itemsize
+    inputs = {(module.path.rpartition(".")[0], module.shape[1]) for module in next(iter(blocks.values()))}
+    grams = sum(4 * width * width for _, width in inputs) * max(work.streams, 0)
+    activations = work.batch * work.length * max(max(m.shape) for m in plan) * work.itemsize * 4 if work.streams else 0
+    solver = 4 * (8 * largest + (5 * widest * widest if work.streams else 0))
+    compute = weights * max(work.streams, 1) + streams + grams + max(activations, solver)
+    written = sum(m.bytes_after for m in max(blocks.values(), key=lambda b: sum(m.bytes_after for m in b))) * 2
+    if work.on_host:
+        return work.base + compute + written, 0
+    return work.base + written + weights, compute
+
+
+def estimate_seconds(plan: tuple[ModulePlan, ...], work: Workload, flops: float, recipe: Recipe) -> float:
+    """Forward passes, Gram matrices and the solver's products at a measured rate of float32 products."""
+    tokens = work.samples * work.length if work.streams else 0
+    total = 0.0
+    for module in plan:
+        out, columns = module.shape
+        total += 2 * tokens * out * columns * (1 + work.streams)
+        total += 2 * tokens * columns * columns * work.streams
+        if module.format is not None and recipe.rounding.needs_data:
+            total += out * columns * columns * 2 + columns**3
+        total += 20 * len(recipe.transforms) * 2 * out * columns * columns
+    return total / flops
+
+
+def ignored_paths(skeleton: Skeleton, plan: Mapping[str, ModulePlan]) -> list[str]:
+    """Linears and routers that stay as they are, by the names that checkpoints use."""
+    stays = [path for path, module in plan.items() if module.format is None]
+    routers = [name for name, module in skeleton.model.named_modules() if name.endswith(("mlp.gate", ".router"))]
+    head = [skeleton.architecture.head if skeleton.architecture else "lm_head"]
+    return sorted({skeleton.disk_path(path) for path in [*stays, *routers]}) + head

@@ -1,0 +1,157 @@
+"""What the user asked for: a scheme, the steps that lead to it, and what is different for some modules."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import reduce
+from importlib import resources
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomllib
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from halfbyte import scheme
+from halfbyte.errors import RecipeError
+from halfbyte.methods import METHODS
+from halfbyte.methods.contract import Rounding, Transform
+from halfbyte.scheme import Scheme, Value, WeightFormat
+
+Step = Annotated[reduce(or_, METHODS.values()), Field(discriminator="method")]
+
+
+class Recipe(Value):
+    """A scheme, ordered steps and per-module overrides. Build it in Python, or `Recipe.load` a name or a file."""
+
+    name: str = "custom"
+    summary: str = ""
+    scheme: Scheme = Scheme()
+    steps: tuple[Step, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Glob on the module's path -> fields of the weight format that differ there; the last match wins."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Globs on module paths that stay as they are. Embeddings and the head are outside the blocks and always stay."""
+    sequential: bool = False
+    """Gather each layer's statistics after the layers before it in the block are rounded (GPTQ's `true_sequential`)."""
+    starved: Literal["error", "round"] = "error"
+    """What to do with an expert that saw fewer than `minimum_tokens`: stop, or round it to nearest."""
+    minimum_tokens: int = Field(32, ge=1)
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_are_formats(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for fields in overrides.values():
+            WeightFormat.model_validate(WeightFormat().model_dump() | fields)
+        return overrides
+
+    @model_validator(mode="after")
+    def _steps_fit_the_scheme(self) -> "Recipe":
+        if self.scheme.weights is not None:
+            if not self.steps or not isinstance(self.steps[-1], Rounding):
+                raise ValueError("the last step must round the weights: rtn or gptq")
+            if not all(isinstance(step, Transform) for step in self.steps[:-1]):
+                raise ValueError("only the last step rounds; the steps before it must be transforms such as awq")
+        return self
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Transform))
+
+    @property
+    def rounding(self) -> Rounding:
+        last = self.steps[-1]
+        assert isinstance(last, Rounding)
+        return last
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any step looks at activations."""
+        return bool(self.transforms) or self.rounding.needs_data
+
+    def format_of(self, path: str) -> WeightFormat | None:
+        """The weight format of the module at `path`; None where the recipe leaves it alone."""
+        if self.scheme.weights is None or any(fnmatchcase(path, glob) for glob in self.ignore):
+            return None
+        fields = self.scheme.weights.model_dump()
+        for glob, changes in self.overrides.items():
+            if fnmatchcase(path, glob):
+                fields |= changes
+        return WeightFormat.model_validate(fields)
+
+    @classmethod
+    def load(cls, recipe: "Recipe | str | Path | Mapping[str, Any]") -> "Recipe":
+        """A recipe by its shipped name, from a YAML or TOML file, or from a mapping. RecipeError says what is wrong."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, Mapping):
+            return cls._checked(recipe, "the recipe")
+        path = Path(recipe)
+        if path.suffix in (".yaml", ".yml", ".toml"):
+            if not path.is_file():
+                raise RecipeError(f"there is no recipe file {path}")
+            return cls._checked(_parse(path.read_text(), path.suffix, str(path)), str(path))
+        names = shipped()
+        if str(recipe) not in names:
+            raise RecipeError(f"no recipe {str(recipe)!r}{_hint(str(recipe), names)}; there are {', '.join(names)}")
+        return cls._checked(_parse(_shipped_text(str(recipe)), ".yaml", str(recipe)), str(recipe))
+
+    @classmethod
+    def _checked(cls, fields: Mapping[str, Any], where: str) -> "Recipe":
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as cause:
+            problems = "; ".join(_explain(error) for error in cause.errors())
+            raise RecipeError(f"{where}: {problems}") from cause
+
+    def dump(self) -> str:
+        """The recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("halfbyte") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _shipped_text(name: str) -> str:
+    return (resources.files("halfbyte") / "recipes" / f"{name}.yaml").read_text()
+
+
+def _parse(text: str, suffix: str, where: str) -> Mapping[str, Any]:
+    try:
+        fields = tomllib.loads(text) if suffix == ".toml" else yaml.safe_load(text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as cause:
+        raise RecipeError(f"{where} is not valid {'TOML' if suffix == '.toml' else 'YAML'}: {cause}") from cause
+    if not isinstance(fields, Mapping):
+        raise RecipeError(f"{where} must be a mapping with `scheme` and `steps`, and is a {type(fields).__name__}")
+    return fields
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error in words, with what was probably meant."""
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        key = str(error["loc"][-1])
+        known = _known_keys(error["loc"][:-1])
+        return f"unknown key {place!r}{_hint(key, known)}"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found") and "steps" in error["loc"]:
+        given = str((error.get("ctx") or {}).get("tag", ""))
+        return f"{place}: no method {given!r}{_hint(given, METHODS)}; there are {', '.join(METHODS)}"
+    return f"{place or 'recipe'}: {error['msg']} (given: {error['input']!r})" if place else str(error["msg"])
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that were possible at a place of the recipe."""
+    if not location:
+        return list(Recipe.model_fields)
+    methods = [METHODS[part] for part in location if part in METHODS]
+    values = [kind for kind in vars(scheme).values() if isinstance(kind, type) and issubclass(kind, Value)]
+    return [key for kind in methods or values for key in kind.model_fields]
+
+
+def _hint(word: str, choices: Any) -> str:
+    close = get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

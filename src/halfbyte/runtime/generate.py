@@ -1,0 +1,46 @@
+"""Text from a loaded model: transformers' generate, with the choices that make an answer repeatable."""
+
+from pathlib import Path
+
+import torch
+
+from halfbyte.calibration.text import longest_sequence
+from halfbyte.errors import ModelError
+from halfbyte.runtime.load import Pair, opened
+
+
+@torch.no_grad()
+def generate(
+    model: str | Path | Pair,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sample: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> str:
+    """What the model writes after the prompt, up to its end-of-text token or `max_new_tokens`.
+
+    The likeliest token every time, or with `sample` one drawn from the model's distribution; the same `seed` draws the
+    same text. `model` is a folder, a hub name, or a loaded (model, tokenizer) pair, for which `device` and `dtype` mean
+    nothing. ModelError where the prompt is empty or leaves the model's positions.
+    """
+    network, tokenizer = opened(model, device=device, dtype=dtype)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
+    length = inputs["input_ids"].shape[1]
+    limit = longest_sequence(network.config)
+    if length == 0:
+        raise ModelError("the prompt is empty, and this tokenizer adds no BOS token: give at least one word")
+    if limit is not None and length + max_new_tokens > limit:
+        raise ModelError(
+            f"a prompt of {length} tokens and {max_new_tokens} new ones are more than the model's {limit} positions: "
+            "shorten one of them"
+        )
+    ending = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # top_k 0 and the like: a folder's generation_config.json may narrow the distribution, which nobody asked for here
+    choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    with torch.random.fork_rng(devices=[network.device] if network.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        written = network.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=ending, **choice)
+    return tokenizer.decode(written[0, length:], skip_special_tokens=True)

@@ -1,0 +1,187 @@
+"""What the numbers look like: the formats of weights, activations and the cache, as frozen values.
+
+A format says bits, grid convention, granularity and the kind of scale; it says nothing of how the codes are found.
+It is written into the checkpoint as it stands here, so a reader never has to guess which "symmetric INT4" was meant.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Value(BaseModel):
+    """A frozen value that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Convention(StrEnum):
+    """How a group's range becomes a step and a set of codes; b is the number of bits, amax the largest magnitude.
+
+    member      step                 codes                   used by
+    GPTQ        amax / (2^(b-1)-½)   -2^(b-1) .. 2^(b-1)-1   GPTQ, Marlin, compressed-tensors; +amax clips by half a step
+    AWQ         amax / (2^(b-1)-1)   -2^(b-1) .. 2^(b-1)-1   AutoAWQ, QuaRot, OmniQuant without zero points
+    OMNIQUANT   amax / (2^(b-1)-1)   -(2^(b-1)-1) .. 2^(b-1) OmniQuant symmetric
+    ODYSSEY     amax / (2^(b-1)-1)   ±(2^(b-1)-1)            Odyssey, QQQ per channel, SmoothQuant, LLM.int8()
+    DEEPSPEED   amax / 2^(b-1)       -2^(b-1) .. 2^(b-1)-1   ZeroQuant; +amax clips by a whole step
+    ASYMMETRIC  (max-min) / (2^b-1)  0 .. 2^b-1              a stored zero point; the range always contains zero
+    """
+
+    GPTQ = "gptq"
+    AWQ = "awq"
+    OMNIQUANT = "omniquant"
+    ODYSSEY = "odyssey"
+    DEEPSPEED = "deepspeed"
+    ASYMMETRIC = "asymmetric"
+
+
+class PerTensor(Value):
+    """One scale for the whole matrix."""
+
+    kind: Literal["tensor"] = "tensor"
+
+
+class PerChannel(Value):
+    """One scale per row (output channel)."""
+
+    kind: Literal["channel"] = "channel"
+
+
+class PerGroup(Value):
+    """One scale per `size` neighbouring inputs of a row."""
+
+    kind: Literal["group"] = "group"
+    size: int = Field(128, ge=1)
+
+
+class GroupCount(Value):
+    """`count` groups over the matrix flattened row by row, ZeroQuant's reading of "group-wise"."""
+
+    kind: Literal["count"] = "count"
+    count: int = Field(ge=1)
+
+
+Granularity = Annotated[PerTensor | PerChannel | PerGroup | GroupCount, Field(discriminator="kind")]
+
+
+class FloatScale(Value):
+    """Scales are floating-point numbers of the stored type; `model` means the checkpoint's own."""
+
+    kind: Literal["float"] = "float"
+    dtype: Literal["model", "float32", "float16", "bfloat16"] = "model"
+
+
+class IntegerScale(Value):
+    """Scales are S/amplifier with integer S >= 1 (Integer Scale, arXiv 2405.14597, section 4)."""
+
+    kind: Literal["integer"] = "integer"
+    amplifier: int = Field(1024, ge=1)
+
+
+Scale = Annotated[FloatScale | IntegerScale, Field(discriminator="kind")]
+
+
+class OutlierSplit(Value):
+    """Input columns whose activations reach `threshold` are computed in 16 bit (LLM.int8(), arXiv 2208.07339, section 3)."""
+
+    threshold: float = Field(6.0, ge=0)
+    columns: Literal["kept", "dequantized"] = "kept"
+
+
+class WeightFormat(Value):
+    """How a weight matrix is stored."""
+
+    bits: int = Field(4, ge=2, le=8)
+    convention: Convention = Convention.GPTQ
+    granularity: Granularity = PerGroup(size=128)
+    scale: Scale = FloatScale()
+    outliers: OutlierSplit | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        return self.convention is not Convention.ASYMMETRIC
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        match self.convention:
+            case Convention.ASYMMETRIC:
+                return 0
+            case Convention.ODYSSEY | Convention.OMNIQUANT:
+                return 1 - 2 ** (self.bits - 1)
+            case _:
+                return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        match self.convention:
+            case Convention.ASYMMETRIC:
+                return 2**self.bits - 1
+            case Convention.OMNIQUANT:
+                return 2 ** (self.bits - 1)
+            case _:
+                return 2 ** (self.bits - 1) - 1
+
+    @property
+    def divisor(self) -> float:
+        """What a group's largest magnitude (asymmetric: its whole range) is divided by to give the step."""
+        match self.convention:
+            case Convention.ASYMMETRIC:
+                return 2**self.bits - 1
+            case Convention.GPTQ:
+                return 2 ** (self.bits - 1) - 0.5
+            case Convention.DEEPSPEED:
+                return 2 ** (self.bits - 1)
+            case _:
+                return 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        match self.granularity:
+            case PerGroup(size=size):
+                where = f"g{size}"
+            case GroupCount(count=count):
+                where = f"{count} groups"
+            case other:
+                where = f"per {other.kind}"
+        scale = f" S/{self.scale.amplifier}" if isinstance(self.scale, IntegerScale) else ""
+        return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {where}{scale}"
+
+
+class ActivationFormat(Value):
+    """How a linear's input is quantized at run time."""
+
+    bits: int = Field(8, ge=2, le=8)
+    symmetric: bool = True
+    granularity: Literal["token", "tensor", "group"] = "token"
+    group_size: int | None = Field(None, ge=1)
+    dynamic: bool = True
+
+    @model_validator(mode="after")
+    def _group_size_belongs_to_groups(self) -> "ActivationFormat":
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity: group, and only with it")
+        if self.granularity == "token" and not self.dynamic:
+            raise ValueError("per-token scales are known only at run time: set dynamic: true, or granularity: tensor")
+        return self
+
+
+class CacheFormat(Value):
+    """How past keys and values are stored (WKVQuant, arXiv 2402.12065: the current token stays exact)."""
+
+    key_bits: int = Field(4, ge=2, le=8)
+    value_bits: int = Field(4, ge=2, le=8)
+    group_size: int = Field(128, ge=1)
+    symmetric: bool = False
+    past_only: bool = True
+    sinks: int = Field(0, ge=0)  # first tokens kept exact
+    window: int = Field(0, ge=0)  # most recent tokens kept exact
+
+
+class Scheme(Value):
+    """What a checkpoint's numbers look like. None: left as the model has it."""
+
+    weights: WeightFormat | None = WeightFormat()
+    activations: ActivationFormat | None = None
+    cache: CacheFormat | None = None
