@@ -92,7 +92,7 @@ def quantize(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("kind", choices=sorted(KINDS))
     parser.add_argument("--model", type=Path, required=True, help="model directory in the Hugging Face layout")
     parser.add_argument("--output", type=Path, required=True, help="directory for the compressed-tensors checkpoint")

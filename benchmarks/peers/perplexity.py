@@ -32,9 +32,10 @@ def loading_options(directory: Path) -> dict[str, Any]:
 
 def load(directory: Path) -> torch.nn.Module:
     """The model in float32; SystemExit when a tensor of the model has not come from the checkpoint."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, **loading_options(directory)
     )
+    model, found = loaded  # a pair, which the annotation of from_pretrained does not say
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
         raise SystemExit(
@@ -52,7 +53,7 @@ def negative_log_likelihood(model: torch.nn.Module, window: torch.Tensor) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("model", type=Path, help="model directory in the Hugging Face layout")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--window", type=int, default=1024, help="tokens in a window")

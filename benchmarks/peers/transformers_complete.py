@@ -39,7 +39,7 @@ def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("model", type=Path, help="checkpoint directory")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON list of strings or lists of token ids")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")

@@ -133,7 +133,7 @@ class BlockQuantizer:
             raise type(cause)(f"{', '.join(paths)}: {cause}") from cause
         for name, path, part in zip(names, paths, split_rows(result, [len(w) for w in weights.values()]), strict=True):
             rounded = part.decode()
-            quantized[name] = part.to("cpu")
+            quantized[name] = part
             records.append(
                 ModuleRecord(
                     path=path,

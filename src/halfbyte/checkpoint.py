@@ -5,6 +5,7 @@ Names are those of the source checkpoint, so that every client finds what it loo
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte import __version__
 from halfbyte.calibration.data import Calibration
 from halfbyte.evaluation.card import card, own_card
 from halfbyte.evaluation.report import Report, completed, html
@@ -33,16 +35,22 @@ REPLACED = {"config.json", "model.safetensors.index.json", "quantize_config.json
 def fingerprint(
     files: WeightFiles, recipe: Recipe, calibration: Calibration | None, device: torch.device, dtype: torch.dtype, seed: int
 ) -> dict[str, Any]:
-    """Everything that decides the result, for the journal and as provenance."""
+    """Everything that decides the result, cheap enough to compare before a run goes on: of the source its headers."""
     return {
-        "source": {path.name: sha256(path) for path in sorted({*files.files.values(), files.folder / "config.json"})},
+        "source": files.headers(),
         "recipe": recipe.model_dump(mode="json"),
         "calibration": None if calibration is None else {"text": calibration.description, "sha256": calibration.sha256},
         "seed": seed,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("halfbyte", "torch", "transformers", "safetensors")},
+        "versions": {"halfbyte": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }
+
+
+def hash_source(files: WeightFiles, pool: Executor) -> dict[str, Future[str]]:
+    """Start hashing the source's files in full, beside the run."""
+    paths = sorted({*files.files.values(), files.folder / "config.json"})
+    return {path.name: pool.submit(sha256, path) for path in paths}
 
 
 def block_tensors(
@@ -101,9 +109,7 @@ def write_rest(skeleton: Skeleton, files: WeightFiles, folder: OutputFolder, nam
     folder.write_tensors(name, {key: files.read(key) for key in files if key not in inside}, [])
 
 
-def finish(
-    skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe, mark: Mapping[str, Any], report: Report
-) -> Report:
+def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe, report: Report) -> Report:
     """Write the files around the tensors and let the folder appear under its name."""
     names = {"weight_map": {t: name for name, entry in folder.finished.items() for t in entry["tensors"]}}
     index = {"metadata": {"total_size": sum(entry["size"] for entry in folder.finished.values())}, **names}
@@ -115,7 +121,7 @@ def finish(
     quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, {module.path: module for module in plan}))
     quantization["quant_method"] = plan.layout
     sidecar = {
-        "provenance": dict(mark),
+        "provenance": report.provenance,
         "formats": {path: format.model_dump(mode="json") for path, format in on_disk.items()},
         "files": {name: entry["sha256"] for name, entry in folder.finished.items()},
     }
@@ -123,7 +129,7 @@ def finish(
     folder.write_text("model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
     folder.write_text(SIDECAR, json.dumps(sidecar, indent=2, sort_keys=True))
     folder.write_text("recipe.yaml", recipe.dump())
-    report = completed(report, plan, mark)
+    report = completed(report, plan)
     folder.write_text("report.json", json.dumps(report.to_json(), indent=2))
     folder.write_text("report.html", html(report))
     folder.write_text("README.md", card(report, config, own_card(source)))

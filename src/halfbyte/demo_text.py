@@ -48,7 +48,7 @@ def documentation_split() -> tuple[str, str]:
 
 
 def split_topics(topics: Mapping[str, str]) -> tuple[str, str]:
-    """(training text, held-out text) of `topics`, {name: text}: no telling paragraph is in both, or twice in one."""
+    """(training text, held-out text) of `topics`, {name: text}: no telling paragraph is in both, or in two topics."""
     held_out = _joined({name: text for name, text in topics.items() if name in HELD_OUT}, frozenset())
     training = _joined({name: text for name, text in topics.items() if name not in HELD_OUT}, telling(held_out))
     return training, held_out

@@ -7,6 +7,7 @@ run that is stopped goes on from there with the same result to the byte.
 import copy
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from halfbyte.block import BlockQuantizer, ModuleRecord
 from halfbyte.calibration.data import Calibration, calibration_tokens
 from halfbyte.calibration.walk import Stream, enter, linears
-from halfbyte.checkpoint import block_tensors, finish, fingerprint, restore_block, write_rest
+from halfbyte.checkpoint import block_tensors, finish, fingerprint, hash_source, restore_block, write_rest
 from halfbyte.errors import CalibrationError, CheckpointError
 from halfbyte.evaluation.report import Report
 from halfbyte.export.folder import OutputFolder
@@ -169,7 +170,11 @@ def quantize(
     tokens = run.calibrate()
     blocks = len(run.skeleton.blocks)
     mark = fingerprint(run.files, run.recipe, tokens, run.device, run.dtype, seed)
-    with OutputFolder(Path(output), mark, size=plan.bytes_after, resume=resume, overwrite=overwrite) as folder:
+    with (
+        OutputFolder(Path(output), mark, size=plan.bytes_after, resume=resume, overwrite=overwrite) as folder,
+        ThreadPoolExecutor(max_workers=4) as pool,
+    ):
+        hashes = hash_source(run.files, pool)
         progress(0, blocks, "embedding")
         quantizer = BlockQuantizer(run.skeleton, run.recipe, run.stored_dtype, *run.streams(tokens))
         records: list[ModuleRecord] = []
@@ -205,6 +210,6 @@ def quantize(
             seconds=time.perf_counter() - start,
             peak_host=host,
             peak_device=used,
-            provenance={},
+            provenance=mark | {"source": {name: future.result() for name, future in hashes.items()}},
         )
-        return finish(run.skeleton, folder, plan, run.recipe, mark, report)
+        return finish(run.skeleton, folder, plan, run.recipe, report)

@@ -16,7 +16,7 @@ from halfbyte.scheme import Convention, FloatScale, PerGroup, WeightFormat
 from tiny_models import tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": True}
-INT4 = WeightFormat(granularity=PerGroup(size=32), scale=FloatScale(dtype="float32"))
+INT4 = WeightFormat(bits=4, granularity=PerGroup(size=32), scale=FloatScale(dtype="float32"))
 INT8 = INT4.model_copy(update={"bits": 8})
 ASYMMETRIC = INT4.model_copy(update={"convention": Convention.ASYMMETRIC})
 

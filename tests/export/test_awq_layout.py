@@ -42,7 +42,7 @@ def test_a_reader_written_from_the_description_decodes_the_same_weights(conventi
 def outputs_in_plain_order(tensors):
     for name in ("qweight", "qzeros"):
         nibbles = torch.stack([tensors[name] >> 4 * ORDER[i] & 15 for i in range(8)], -1)
-        tensors[name] = sum(nibbles[..., i] << 4 * i for i in range(8)).to(torch.int32)
+        tensors[name] = torch.stack([nibbles[..., i] << 4 * i for i in range(8)]).sum(0, dtype=torch.int32)
 
 
 def zero_point_minus_one(tensors):
@@ -88,7 +88,7 @@ def test_the_configuration_is_read_by_transformers_and_by_us():
     parsed = AwqConfig(**{key: value for key, value in config.items() if key != "quant_method"})
     assert (parsed.bits, parsed.group_size, parsed.zero_point, parsed.format) == (4, 32, True, "gemm")
     assert parsed.modules_to_not_convert == ignored
-    expected = WeightFormat(convention=Convention.ASYMMETRIC, granularity=PerGroup(size=32), scale=FloatScale())
+    expected = WeightFormat(bits=4, convention=Convention.ASYMMETRIC, granularity=PerGroup(size=32), scale=FloatScale())
     assert AWQ.formats(config, [*formats, *ignored]) == dict.fromkeys(formats, expected)
 
 
@@ -100,7 +100,7 @@ def test_configurations_of_other_writers_are_read():
         "version": "GEMM",
         "modules_to_not_convert": ["gate"],
     }
-    expected = WeightFormat(convention=Convention.ASYMMETRIC, granularity=PerGroup(size=64))
+    expected = WeightFormat(bits=4, convention=Convention.ASYMMETRIC, granularity=PerGroup(size=64))
     assert AWQ.formats(autoawq, ["layers.0.w1", "layers.0.gate"]) == {"layers.0.w1": expected}
 
 

@@ -1,6 +1,7 @@
 """The oracle is compressed-tensors itself, and transformers with it: they read our tensors to the bit."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def changed(**weights):
 
 def test_configurations_of_other_writers_are_read():
     modules = ["model.layers.3.mlp.experts.0.up_proj", "model.layers.3.mlp.gate", "lm_head"]
-    expected = WeightFormat(convention=Convention.ASYMMETRIC, granularity=PerGroup(size=128))
+    expected = WeightFormat(bits=4, convention=Convention.ASYMMETRIC, granularity=PerGroup(size=128))
     assert LAYOUT.formats(FOREIGN, modules) == {modules[0]: expected}
     per_channel = LAYOUT.formats(changed(strategy=None, group_size=-1, num_bits=8, symmetric=True), modules)
     assert per_channel == {modules[0]: WeightFormat(bits=8, granularity=PerChannel())}
@@ -188,14 +189,15 @@ def test_what_we_cannot_read_is_told(config, word):
 
 @torch.no_grad()
 def logits(folder, **arguments):
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, report = load(folder, output_loading_info=True, **arguments)
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     return model(input_ids=tokens()).logits
 
 
 G128 = INT4.model_copy(update={"granularity": PerGroup(size=128)})
-WIDE = {"hidden_size": 128, "intermediate_size": 256}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
 DEQUANTIZED = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
 
 

@@ -46,7 +46,7 @@ def equal(one, other):
 )
 def test_the_weights_are_the_same_to_the_bit_and_the_rest_is_untouched(tmp_path, format, layout, shards):
     source, output = tmp_path / "source", tmp_path / "output"
-    formats = dict.fromkeys([name for name in NAMES if name != "model.layers.1.mlp.down_proj"], format)
+    formats = {name: format for name in NAMES if name != "model.layers.1.mlp.down_proj"}
     dense = checkpoint(source, formats, shards=shards)
     assert export(source, layout, output) == output
     assert equal(decoded(output, LAYOUTS[layout], formats), dict(dense.state_dict()))

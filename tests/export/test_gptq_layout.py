@@ -167,7 +167,7 @@ def test_configurations_of_other_writers_are_read():
     }  # fmt: skip
     modules = ["model.layers.2.up", "model.layers.12.up", "model.layers.3.moe.up", "lm_head"]
     assert GPTQ.formats(foreign, modules) == {
-        "model.layers.2.up": WeightFormat(granularity=PerGroup(size=64)),
+        "model.layers.2.up": WeightFormat(bits=4, granularity=PerGroup(size=64)),
         "model.layers.12.up": WeightFormat(bits=8, granularity=PerGroup(size=64)),
     }
     assert list(GPTQ.formats(foreign | {"lm_head": True}, modules))[-1] == "lm_head"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.export import LAYOUTS, layout_of
+from halfbyte.export.layout import Layout
 from halfbyte.numerics.grid import Grid
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.scheme import (
@@ -33,7 +34,7 @@ FORMATS = st.builds(
 
 
 @EVERY
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     format=FORMATS,
     out=st.one_of(st.integers(1, 40), st.sampled_from([32, 64])),
@@ -74,7 +75,7 @@ def test_the_scale_dtype_model_becomes_the_stored_one(layout):
     ("change", "word"),
     [
         ({"scale": IntegerScale(amplifier=512)}, "S/512"),
-        ({"outliers": OutlierSplit()}, "16 bit"),
+        ({"outliers": OutlierSplit(threshold=6.0)}, "16 bit"),
         ({"granularity": GroupCount(count=4)}, "flattened"),
         ({"granularity": PerGroup(size=40)}, "40 does not divide"),
         ({"convention": Convention.OMNIQUANT}, "beyond 4 bits"),
@@ -171,8 +172,38 @@ def test_tensors_that_do_not_fit_the_format_are_told(layout, damage):
         layout.read(tensors, INT4)
 
 
+PATHS = [
+    f"model.layers.{block}.{name}"
+    for block in range(11)
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "mlp.experts.0.up",
+        "mlp.experts.1.up",
+    )
+]
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "gptq_v2"])
+@settings(max_examples=40, deadline=None)
+@given(
+    formats=st.dictionaries(
+        st.sampled_from([*PATHS, "lm_head"]),
+        st.sampled_from([INT4, ASYMMETRIC, INT4.model_copy(update={"bits": 8, "granularity": PerChannel()})]),
+        min_size=1,
+    )
+)
+def test_any_mixture_of_formats_is_read_back_from_its_configuration(name, formats):
+    ignored = [path for path in [*PATHS, "lm_head", "score"] if path not in formats]
+    config = LAYOUTS[name].config(formats, ignored)
+    expected = {path: format.model_copy(update={"scale": FloatScale()}) for path, format in formats.items()}
+    assert LAYOUTS[name].formats(config, [*ignored, *formats]) == expected
+
+
 def test_a_configuration_names_its_layout():
     for name, layout in LAYOUTS.items():
+        assert isinstance(layout, Layout)
         assert layout.name == name
         assert layout_of(layout.config({"model.layers.0.q": INT4}, ["lm_head"])) is layout
     with pytest.raises(CheckpointError, match="'bitsandbytes' is none of"):

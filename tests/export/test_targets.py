@@ -2,7 +2,7 @@
 
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.export.targets import patterns
@@ -13,6 +13,7 @@ OTHERS = ["lm_head", "score", "model.layers.0.mlp.gate", "vision.layers.1.mlp.up
 ALL = BLOCKS + EXPERTS + OTHERS
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.sets(st.sampled_from(ALL)))
 def test_they_match_what_is_wanted_and_nothing_else(wanted):
     expressions, single = patterns(sorted(wanted), [path for path in ALL if path not in wanted])

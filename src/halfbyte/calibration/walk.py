@@ -104,6 +104,7 @@ def enter(
         for index, block in enumerate(blocks):
             block.forward = recorder.stand_in(index)
             stack.callback(delattr, block, "forward")
+        stack.enter_context(without_cache(model.config))
         for batch in batches:
             recorder.calls = []
             try:
@@ -119,6 +120,17 @@ def enter(
             calls.append(recorder.calls)
     first = (lambda output: output[0]) if isinstance(recorder.template, tuple) else (lambda output: output)
     return Stream(hidden, calls, first, device)
+
+
+@contextmanager
+def without_cache(config: Any) -> Iterator[None]:
+    """Blocks that are run again and again must not append to a cache of keys and values."""
+    before = getattr(config, "use_cache", None)
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

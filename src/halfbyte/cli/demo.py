@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.terminal import out, progress, write_json
+from halfbyte.cli.terminal import hush_transformers, out, progress, write_json
 
 
 def demo(
@@ -25,6 +25,7 @@ def demo(
     from halfbyte.cli import tables
     from halfbyte.demo import demo as run
 
+    hush_transformers()
     with progress() as step:
         shown = run(output, progress=step)
     if json:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli.quantize import Device
-from halfbyte.cli.terminal import console_beside, progress, write_json
+from halfbyte.cli.terminal import console_beside, hush_transformers, progress, write_json
 
 
 class Dtype(StrEnum):
@@ -55,6 +55,7 @@ def evaluate(
     from halfbyte.cli import tables
     from halfbyte.evaluation.perplexity import evaluate as run
 
+    hush_transformers()
     with progress() as step:
         measured = run(
             model,

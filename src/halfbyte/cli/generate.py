@@ -7,7 +7,7 @@ import typer
 
 from halfbyte.cli.evaluate import Dtype
 from halfbyte.cli.quantize import Device
-from halfbyte.cli.terminal import write_json
+from halfbyte.cli.terminal import hush_transformers, write_json
 
 
 def generate(
@@ -38,6 +38,7 @@ def generate(
 
     from halfbyte.runtime.generate import generate as run
 
+    hush_transformers()
     text = run(
         model,
         prompt,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.terminal import INTERRUPTED, console_beside, fail, progress, write_json
+from halfbyte.cli.terminal import INTERRUPTED, console_beside, fail, hush_transformers, progress, write_json
 
 
 class Device(StrEnum):
@@ -81,6 +81,7 @@ def quantize(
         return
     if output is None:
         raise typer.BadParameter("is needed, except with --dry-run", param_hint="--output")
+    hush_transformers()
     try:
         with progress() as step:
             report = run(

@@ -83,6 +83,14 @@ def progress() -> Iterator[Progress]:
         yield move
 
 
+def hush_transformers() -> None:
+    """No bars of transformers' own between ours."""
+    # transformers takes a second to import, which commands that do without it must not wait for.
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 class TimeLeft:
     """The time that the rest takes at the mean speed so far, in words."""
 

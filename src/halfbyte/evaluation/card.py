@@ -3,12 +3,13 @@
 So two runs that give the same tensors give the same card, to the byte.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData, RepoCard
+from huggingface_hub import ModelCardData
 
 from halfbyte.evaluation.report import HUB_NAME, Report, model_name, templates
 from halfbyte.evaluation.summary import grouped, spread
@@ -73,13 +74,14 @@ def _metadata(report: Report, formats: list[WeightFormat], original: str) -> Mod
 
 
 def _inherited(original: str) -> dict[str, Any]:
-    if not original.strip():
+    found = re.match(r"\s*---\s*\n(.*?)\n---", original, re.DOTALL)
+    if found is None:
         return {}
     try:
-        data = RepoCard(original, ignore_metadata_errors=True).data.to_dict()
+        data = yaml.load(found[1], Loader=yaml.BaseLoader)  # strings alone: `language: no` is Norwegian
     except yaml.YAMLError:  # hours of work must not end at somebody else's misprint; nothing is claimed then
         return {}
-    return {key: data[key] for key in INHERITED if data.get(key) is not None}
+    return {key: data[key] for key in INHERITED if data.get(key)} if isinstance(data, dict) else {}
 
 
 def _formats(report: Report) -> list[WeightFormat]:

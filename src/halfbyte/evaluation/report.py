@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -47,12 +46,12 @@ class Report:
         return fields
 
 
-def completed(report: Report, plan: Plan, provenance: Mapping[str, Any]) -> Report:
-    """The report with what is known at the end of a run only."""
+def completed(report: Report, plan: Plan) -> Report:
+    """The report with what the plan knows of the checkpoint."""
     quantized = [module for module in plan if module.format is not None]
     bits = 8 * sum(module.bytes_after for module in quantized)
     weights = sum(module.shape[0] * module.shape[1] for module in quantized)
-    return replace(report, provenance=dict(provenance), layout=plan.layout, bits_per_weight=bits / weights)
+    return replace(report, layout=plan.layout, bits_per_weight=bits / weights)
 
 
 def html(report: Report) -> str:

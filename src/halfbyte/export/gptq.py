@@ -137,7 +137,9 @@ class Gptq:
         settings = {path: _settings(format) for path, format in formats.items()}
         base = dict(Counter(tuple(entry.items()) for entry in settings.values()).most_common(1)[0][0])
         in_blocks = sorted({_within_block(path) for path in formats if family(path)})
-        skipped = [path for path in ignored if family(path) and _listed(path, in_blocks)]
+        outside = any(not family(path) for path in formats)
+        # the list of names within blocks has no place for lm_head: without it, everything that is not skipped counts
+        skipped = [path for path in ignored if outside or (family(path) and _listed(path, in_blocks))]
         dynamic: dict[str, dict[str, Any]] = {f"-:{rule}": {} for rule in _rules(skipped, formats)}
         for entry in {str(entry): entry for entry in settings.values() if entry != base}.values():
             mine = [path for path, other in settings.items() if other == entry]
@@ -147,13 +149,13 @@ class Gptq:
             "quant_method": "gptq",
             **base,
             "desc_act": False,
-            "lm_head": any(not family(path) for path in formats),
+            "lm_head": outside,
             "checkpoint_format": self.name,
             "format": self.name,
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"halfbyte:{version('halfbyte')}"]},
         }
-        if not config["lm_head"]:
+        if not outside:
             config["modules_in_block_to_quantize"] = [[name] for name in in_blocks]
         return config | ({"dynamic": dynamic} if dynamic else {})
 

@@ -5,7 +5,7 @@ as it is. Nothing is ever rounded on the way in or out; what a layout cannot hol
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -20,6 +20,7 @@ Stored = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 """Shape of a stored tensor and the types that it may have."""
 
 
+@runtime_checkable
 class Layout(Protocol):
     """Checkpoint tensors and `quantization_config` of one format; reading and writing are exact inverses."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.models.fold import ResolvedLink, move_scale, tie
+from halfbyte.numerics.precision import float32_products
 from halfbyte.numerics.quantized import round_to_grid
 from halfbyte.numerics.ranges import Ranges, find_grid
 from halfbyte.scheme import Value, WeightFormat
@@ -60,10 +61,10 @@ class AWQ(Value):
     ) -> None:
         """Move the best scale of every link. Edits the modules and the readers' statistics in place."""
         for link in links:
-            rounded = {name: module for name, module in link.readers.items() if name in formats}
+            rounded = {name: w for name, w in zip(link.readers, link.weights, strict=True) if name in formats}
             if not rounded:
                 continue
-            scale = self.best_scale(link, {name: module.weight for name, module in rounded.items()}, seen, formats)
+            scale = self.best_scale(link, rounded, seen, formats)
             move_scale(link, scale)
             for statistics in {id(seen[name]): seen[name] for name in rounded}.values():
                 statistics.divide(scale)
@@ -100,6 +101,7 @@ class AWQ(Value):
     ) -> float:
         """The squared output error of rounding this weight under this scale."""
         scaled = weight * scale
-        grid = find_grid(scaled, format, self.ranges, gram / (scale[:, None] * scale))
-        delta = round_to_grid(scaled, grid, format).decode() / scale - weight
-        return float(torch.einsum("oi,oi->", delta @ gram, delta))
+        gram_then = gram / (scale[:, None] * scale) if self.ranges == "output" else None
+        delta = round_to_grid(scaled, find_grid(scaled, format, self.ranges, gram_then), format).decode() / scale - weight
+        with float32_products(tf32=True):  # candidates differ by far more than TF32 rounds
+            return float(((delta @ gram) * delta).sum())

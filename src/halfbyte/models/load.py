@@ -3,6 +3,7 @@
 The only door to transformers for building models. Weights are read from safetensors and nothing else.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,17 @@ class WeightFiles:
 
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, STORED_DTYPES[self._handle(self.files[name]).get_slice(name).get_dtype()])
+
+    def headers(self) -> dict[str, str]:
+        """SHA-256 of each file's header (names, dtypes, shapes, places) and size, and of config.json: quick to compute."""
+        found = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
+        for path in sorted(set(self.files.values())):
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                header = file.read(int.from_bytes(prefix, "little"))
+            size = path.stat().st_size.to_bytes(8, "little")
+            found[path.name] = hashlib.sha256(prefix + header + size).hexdigest()
+        return found
 
     def nbytes(self, name: str) -> int:
         size = self.dtype(name).itemsize

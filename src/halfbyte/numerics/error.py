@@ -2,9 +2,10 @@
 
 import math
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from halfbyte.numerics.precision import float32_products
 
 
 def decibels(power: float, error: float) -> float:
@@ -20,8 +21,9 @@ def weight_snr(weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"]
 
 
 def output_power(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
-    """Squared norm of X·Wᵀ over the calibration tokens, from G = XᵀX alone: tr(W·G·Wᵀ)."""
-    return float(torch.einsum("oi,oi->", weight @ gram.to(weight.dtype), weight))
+    """Squared norm of X·Wᵀ over the calibration tokens, from G = XᵀX alone: tr(W·G·Wᵀ). A figure: three digits suffice."""
+    with float32_products(tf32=True):
+        return float(((weight @ gram.to(weight.dtype)) * weight).sum())
 
 
 def output_snr(weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:

@@ -46,7 +46,9 @@ def pack(codes: UInt8[Tensor, "*rows cols"], bits: int) -> Int32[Tensor, "*rows 
     *rows, cols = codes.shape
     words, lanes = words_for(cols, bits), -(-cols // LANE_CODES)
     if codes.dtype != torch.uint8:
-        raise FormatError(f"cannot pack {codes.dtype} codes: make them torch.uint8, adding 2**(bits - 1) to signed ones")
+        raise FormatError(
+            f"cannot pack {codes.dtype} codes: make them torch.uint8, adding 2**(bits - 1) to signed ones"
+        )
     if codes.numel() and int(codes.max()) >> bits:
         raise FormatError(f"code {int(codes.max())} does not fit into {bits} bits: the largest there is {2**bits - 1}")
     spread = codes.new_zeros(*rows, lanes * LANE_CODES)

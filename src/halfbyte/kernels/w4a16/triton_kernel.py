@@ -56,19 +56,20 @@ def _spread(words, BITS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
     """Codes FIRST, FIRST + STEP, ... of every word side by side: [N, W] words give [N, W · 32 / BITS / STEP] codes."""
     if STEP * BITS == 32:
         return (words >> (FIRST * BITS)) & (2**BITS - 1)
-    else:
+    else:  # noqa: RET505 - triton compiles what follows a return, so this would recurse for ever
         return tl.interleave(_spread(words, BITS, FIRST, 2 * STEP), _spread(words, BITS, FIRST + STEP, 2 * STEP))
 
 
 @triton.jit
-def _centred(codes, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """code - zero in DTYPE. Where the code fits the mantissa, putting it there replaces a conversion, which is slow."""
-    if DTYPE == tl.float16:
-        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
-    elif DTYPE == tl.bfloat16 and BITS < 8:
-        return (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (zero + 128).to(tl.bfloat16)
+def _centred(codes, zero, BITS: tl.constexpr, dtype: tl.constexpr):
+    """code - zero in `dtype`. Where the code fits the mantissa, putting it there replaces a conversion, a slow step."""
+    if dtype == tl.float16:
+        centred = (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
+    elif dtype == tl.bfloat16 and BITS < 8:
+        centred = (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - (zero + 128).to(tl.bfloat16)
     else:
-        return (codes - zero).to(DTYPE)
+        centred = (codes - zero).to(dtype)
+    return centred
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -97,12 +97,12 @@ def round_columns(
     _check_whole(weight, spread)
     outs, ins = weight.shape
     remaining = weight.clone(memory_format=torch.contiguous_format)
-    rounded, errors = torch.empty_like(remaining), remaining.new_empty(outs, min(ins, max(BATCH, segment)))
+    batch = max(1, BATCH // segment) * segment
+    rounded, errors = torch.empty_like(remaining), remaining.new_empty(outs, min(ins, batch))
     codes = torch.empty_like(remaining, dtype=reference.code_dtype(low, high))
     loss = remaining.new_zeros(outs)
     positive = torch.ones((), dtype=torch.bool, device=weight.device)  # read once at the end: reading it waits for CUDA
 
-    batch = max(1, BATCH // segment) * segment
     for batch_start in range(0, ins, batch):
         batch_stop = min(batch_start + batch, ins)
         for start in range(batch_start, batch_stop, segment):

@@ -18,6 +18,7 @@ are not fused with sums (`enable_fp_fusion=False`), and both do the same operati
 promised where a compiler of the reference's own operations rounds otherwise. The codes of NaN are unspecified.
 """
 
+# ruff: noqa: RUF005 -- the kernel language joins tuples but does not unpack them
 import torch
 import triton
 import triton.language as tl
@@ -108,7 +109,7 @@ def round_segment(
     block_rows: int = 32,
     warps: int = 4,
 ) -> Segment:
-    """As the reference, for float32 on CUDA. Any strides; fastest where columns are neighbours and rows 16-byte aligned.
+    """As the reference, for float32 on CUDA. Any strides; fastest if columns are neighbours and rows 16-byte aligned.
 
     `block_rows` should be 8 * `warps` (see above). Triton compiles once per width and per use of zero points.
     """
@@ -116,12 +117,13 @@ def round_segment(
     codes = torch.empty(outs, width, dtype=code_dtype(low, high), device=weight.device)
     rounded, errors = (torch.empty(outs, width, dtype=weight.dtype, device=weight.device) for _ in range(2))
     zeros = scales if zero_points is None else zero_points
-    _round_segment_kernel[(triton.cdiv(outs, block_rows),)](
-        weight, spread, scales, zeros, codes, rounded, errors,
-        outs, float(low), float(high),
-        *weight.stride(), *spread.stride(), *scales.stride(), *zeros.stride(),
-        width, zero_points is not None,
-        triton.cdiv(width, BLOCK_COLUMNS), block_rows, BLOCK_COLUMNS,
-        num_warps=warps, num_stages=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):  # Triton launches on the current device, wherever the tensors are
+        _round_segment_kernel[(triton.cdiv(outs, block_rows),)](
+            weight, spread, scales, zeros, codes, rounded, errors,
+            outs, float(low), float(high),
+            *weight.stride(), *spread.stride(), *scales.stride(), *zeros.stride(),
+            width, zero_points is not None,
+            triton.cdiv(width, BLOCK_COLUMNS), block_rows, BLOCK_COLUMNS,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return Segment(codes, rounded, errors)
