@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,11 @@ class ModuleRecord:
     output_snr: float | None  # dB over the calibration tokens; None where nothing was observed
     tokens: int
     seconds: float
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ModuleRecord":
+        """The record that a journal holds."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
 
 
 @dataclass(slots=True)
@@ -141,7 +147,9 @@ class BlockQuantizer:
                     method=" → ".join([step.method for step in self.recipe.transforms] + [step.method]),
                     shape=(rounded.shape[0], rounded.shape[1]),
                     weight_snr=weight_snr(weights[name], rounded),
-                    output_snr=output_snr(weights[name], rounded, seen.gram) if seen is not None and seen.tokens else None,
+                    output_snr=output_snr(weights[name], rounded, seen.gram)
+                    if seen is not None and seen.tokens
+                    else None,
                     tokens=seen.tokens if seen is not None else 0,
                     seconds=(time.perf_counter() - start) / len(names),
                 )
@@ -199,5 +207,3 @@ def check_finite(index: int, seen: Mapping[str, InputStatistics]) -> None:
                 f"the inputs of {name} in block {index} hold NaN or Inf: the model overflows in this dtype, or its "
                 "weights are damaged; load it in bfloat16 or float32, or download it again"
             )
-
-

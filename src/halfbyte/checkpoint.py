@@ -33,7 +33,12 @@ REPLACED = {"config.json", "model.safetensors.index.json", "quantize_config.json
 
 
 def fingerprint(
-    files: WeightFiles, recipe: Recipe, calibration: Calibration | None, device: torch.device, dtype: torch.dtype, seed: int
+    files: WeightFiles,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything that decides the result, cheap enough to compare before a run goes on: of the source its headers."""
     return {
@@ -43,7 +48,8 @@ def fingerprint(
         "seed": seed,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {"halfbyte": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")},
+        "versions": {"halfbyte": __version__}
+        | {name: version(name) for name in ("torch", "transformers", "safetensors")},
     }
 
 
@@ -118,7 +124,7 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
         folder.copy(path)
     formats = {module.path: module.format for module in plan if module.format is not None}
     on_disk = {skeleton.disk_path(path): format for path, format in formats.items()}
-    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, {module.path: module for module in plan}))
+    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, plan))
     quantization["quant_method"] = plan.layout
     sidecar = {
         "provenance": report.provenance,

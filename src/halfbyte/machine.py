@@ -17,7 +17,9 @@ def pick_device(device: str) -> torch.device:
     if device not in ("cpu", "cuda"):
         raise HalfbyteError(f"device {device!r} is not known: use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise HalfbyteError("device cuda was asked for and PyTorch sees no GPU here: use --device cpu, or mend the driver")
+        raise HalfbyteError(
+            "device cuda was asked for and PyTorch sees no GPU here: use --device cpu, or mend the driver"
+        )
     return torch.device(device)
 
 

@@ -188,7 +188,7 @@ def quantize(
                     original = copy.deepcopy(block) if quantizer.float_stream else None
                     restore_block(run.skeleton, folder.folder / name, index, block, formats)
                     quantizer.step_over(index, block, original)
-                records += [ModuleRecord(**record) for record in folder.finished[name]["record"]]
+                records += [ModuleRecord.from_json(record) for record in folder.finished[name]["record"]]
             else:
                 block = run.read_block(index)
                 quantized, new = quantizer.quantize(index, block, formats)

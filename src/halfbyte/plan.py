@@ -1,15 +1,16 @@
 """What a run would do, before it does it: every module's format, the bytes on disk, memory and time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
 import torch
+from torch import nn
 
 from halfbyte.calibration.walk import linears
 from halfbyte.errors import FormatError, RecipeError, WeightError
 from halfbyte.export import LAYOUTS
-from halfbyte.models.linearize import TransposedLinear
+from halfbyte.models.linearize import TransposedLinear, is_router
 from halfbyte.models.load import Skeleton, WeightFiles
 from halfbyte.numerics.grid import scales_shape
 from halfbyte.recipe import Recipe
@@ -164,9 +165,12 @@ def estimate_seconds(plan: tuple[ModulePlan, ...], work: Workload, flops: float,
     return total / flops
 
 
-def ignored_paths(skeleton: Skeleton, plan: Mapping[str, ModulePlan]) -> list[str]:
-    """Linears and routers that stay as they are, by the names that checkpoints use."""
-    stays = [path for path, module in plan.items() if module.format is None]
-    routers = [name for name, module in skeleton.model.named_modules() if name.endswith(("mlp.gate", ".router"))]
-    head = [skeleton.architecture.head if skeleton.architecture else "lm_head"]
-    return sorted({skeleton.disk_path(path) for path in [*stays, *routers]}) + head
+def ignored_paths(skeleton: Skeleton, plan: Iterable[ModulePlan]) -> list[str]:
+    """Every linear and router that stays as it is, by the names that checkpoints use."""
+    quantized = {module.path for module in plan if module.format is not None}
+    stays = {
+        skeleton.disk_path(path)
+        for path, module in skeleton.model.named_modules()
+        if (isinstance(module, nn.Linear) and path not in quantized) or is_router(module)
+    }
+    return sorted(stays)

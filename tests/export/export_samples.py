@@ -61,7 +61,7 @@ def checkpoint(
     shards: int = 1,
     **sizes: Any,
 ) -> nn.Module:
-    """A folder with a quantized two-block Llama and some other files. Returns the dense model of the same function."""
+    """A folder with a two-block Llama, quantized where told, and other files. Returns the dense model it stands for."""
     model = tiny("llama", **{**SIZES, **sizes})
     layers = linears(model)
     chosen = dict.fromkeys(layers, formats) if isinstance(formats, WeightFormat) else dict(formats)
@@ -75,11 +75,9 @@ def checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     save_shards(folder, tensors, shards)
     ignored = [path for path in layers if path not in chosen] + ["lm_head"]
-    config = model.config.to_dict() | {
-        "architectures": ["LlamaForCausalLM"],
-        "dtype": "float32",
-        "quantization_config": LAYOUTS[layout].config(chosen, ignored),
-    }
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    if chosen:
+        config["quantization_config"] = LAYOUTS[layout].config(chosen, ignored)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"not": "touched"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")

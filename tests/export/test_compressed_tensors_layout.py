@@ -122,7 +122,7 @@ def test_the_library_gives_every_module_the_format_that_we_gave_it():
     formats = mixed_formats(linears(model))
     config = LAYOUT.config(formats, ["model.layers.1.self_attn.o_proj", "lm_head"])
     assert all("Linear" not in group["targets"] for group in config["config_groups"].values())
-    apply_quantization_config(model, QuantizationConfig.model_validate(config), show_progress=False)
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
     for path, module in linears(model).items():
         given = getattr(module, "quantization_scheme", None)
         assert (given and given.weights) == (scheme(formats[path]).weights if path in formats else None), path
@@ -224,6 +224,19 @@ def test_transformers_reads_mixed_formats(tmp_path):
     formats = {path: INT8 if ".layers.0." in path else INT4 for path in paths if not path.endswith("1.mlp.up_proj")}
     dense = checkpoint(tmp_path, formats, shards=2)
     assert torch.equal(logits(tmp_path), dense(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "reader"),
+    [
+        ({"granularity": PerTensor()}, "vLLM"),
+        ({"bits": 3}, "0.19"),
+        ({"convention": Convention.ASYMMETRIC}, "transformers"),
+    ],
+)
+def test_readers_that_refuse_a_format_are_named(change, reader):
+    assert LAYOUT.caveat(INT4) is None
+    assert reader in str(LAYOUT.caveat(INT4.model_copy(update=change)))
 
 
 def test_a_written_file_reads_back(tmp_path):

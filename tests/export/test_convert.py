@@ -123,17 +123,29 @@ def missing_scale(tensors):
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
 
 
+def every_scale_tiny(tensors):
+    for number, path in enumerate(NAMES):
+        tensors[f"{path}.weight_scale"].fill_(1e-30 * (number + 1))
+
+
 @pytest.mark.parametrize(
     ("formats", "layout", "change", "error", "words"),
     [
         (INT8, "awq", None, FormatError, ["model.layers.0.mlp.down_proj and 13 more", "4 bits only", "write"]),
         (INT4, "gptq", tiny_scale, FormatError, ["model.layers.1.mlp.up_proj:", "1e-30", "quantize with"]),
         (ASYMMETRIC, "gptq", zero_zero_point, FormatError, ["model.layers.1.mlp.up_proj:", "version 1"]),
+        (
+            INT4,
+            "gptq",
+            every_scale_tiny,
+            FormatError,
+            ["down_proj: 256 of 256", "; and 11 more modules for"],
+        ),
         (INT4, "gptq", missing_scale, CheckpointError, ["model.layers.1.mlp.up_proj", "weight_scale"]),
         (INT4, "gguf", None, FormatError, ["no layout 'gguf'", "choose one of"]),
         (INT4, "compressed-tensors", None, FormatError, ["already"]),
     ],
-    ids=["bits", "scale", "zero-point", "damaged", "unknown-layout", "same-layout"],
+    ids=["bits", "scale", "zero-point", "scales", "damaged", "unknown-layout", "same-layout"],
 )
 def test_a_refusal_names_module_reason_and_remedy_and_writes_nothing(tmp_path, formats, layout, change, error, words):
     source = tmp_path / "source"
@@ -208,9 +220,6 @@ def test_what_is_not_quantized_or_damaged_is_not_converted(tmp_path):
     (tmp_path / "source" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):
         export(tmp_path / "source", "gptq", tmp_path / "output")
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    del config["quantization_config"]
-    checkpoint(tmp_path / "plain", INT4)
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    checkpoint(tmp_path / "plain", {})
     with pytest.raises(CheckpointError, match="not quantized"):
         export(tmp_path / "plain", "gptq", tmp_path / "output")

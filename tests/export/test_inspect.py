@@ -59,9 +59,6 @@ def test_bits_per_weight_count_scales_and_zero_points(tmp_path):
 
 def test_a_model_that_is_not_quantized_is_all_unquantized(tmp_path):
     checkpoint(tmp_path, {})
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
     report = inspect(tmp_path)
     assert (report.layout, report.modules, report.problems) == (None, (), ())
     assert (report.unquantized_share, report.bits_per_weight, report.model_bits_per_weight) == (1, None, 32)

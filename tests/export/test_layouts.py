@@ -201,6 +201,12 @@ def test_any_mixture_of_formats_is_read_back_from_its_configuration(name, format
     assert LAYOUTS[name].formats(config, [*ignored, *formats]) == expected
 
 
+@EVERY
+def test_a_configuration_of_nothing_is_refused(layout):
+    with pytest.raises(FormatError, match="no module is quantized"):
+        layout.config({}, ["lm_head"])
+
+
 def test_a_configuration_names_its_layout():
     for name, layout in LAYOUTS.items():
         assert isinstance(layout, Layout)

@@ -25,10 +25,18 @@ def problem(seed=0, width=64, tokens=400, gain=30.0):
     for reader in readers.values():
         reader.weight.data = torch.randn(reader.weight.shape, generator=generator)
         reader.weight.data[:, [3, 40]] /= gain
+        reader.requires_grad_(False)
     norm.requires_grad_(False)
     inputs = norm(torch.randn(tokens, width, generator=generator))
     link = ResolvedLink(
-        writer_name="norm", writer=norm, readers=readers, rows=Rows.ALL, heads=1, kv_heads=1, head_dim=width, norm_offset=0.0
+        writer_name="norm",
+        writer=norm,
+        readers=readers,
+        rows=Rows.ALL,
+        heads=1,
+        kv_heads=1,
+        head_dim=width,
+        norm_offset=0.0,
     )
     statistics = InputStatistics.empty(width)
     statistics.absorb(inputs)

@@ -7,7 +7,9 @@ from halfbyte.scheme import Convention, FloatScale, PerGroup, WeightFormat
 
 def test_it_takes_the_nearest_point_of_the_min_max_grid():
     weight = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    format = WeightFormat(convention=Convention.ASYMMETRIC, granularity=PerGroup(size=8), scale=FloatScale(dtype="float32"))
+    format = WeightFormat(
+        convention=Convention.ASYMMETRIC, granularity=PerGroup(size=8), scale=FloatScale(dtype="float32")
+    )
     found, grid = RTN().quantize(weight, format, None), fit(weight, format)
     assert torch.equal(found.codes, encode(weight, grid, format))
     assert torch.equal(found.decode(), decode(found.codes, grid))

@@ -129,7 +129,12 @@ def test_zero_is_on_every_asymmetric_grid():
 
 @pytest.mark.parametrize(
     ("granularity", "shape", "groups"),
-    [(PerTensor(), (1, 1), 1), (PerChannel(), (6, 1), 6), (PerGroup(size=4), (6, 2), 12), (GroupCount(count=3), (3, 1), 3)],
+    [
+        (PerTensor(), (1, 1), 1),
+        (PerChannel(), (6, 1), 6),
+        (PerGroup(size=4), (6, 2), 12),
+        (GroupCount(count=3), (3, 1), 3),
+    ],
 )
 def test_groups_cover_the_matrix_in_row_major_order(granularity, shape, groups):
     weight = torch.arange(48.0).view(6, 8)
@@ -139,7 +144,9 @@ def test_groups_cover_the_matrix_in_row_major_order(granularity, shape, groups):
     assert torch.equal(members.flatten(), weight.flatten())
 
 
-@pytest.mark.parametrize(("granularity", "limit"), [(PerGroup(size=5), "group size 5"), (GroupCount(count=7), "7 groups")])
+@pytest.mark.parametrize(
+    ("granularity", "limit"), [(PerGroup(size=5), "group size 5"), (GroupCount(count=7), "7 groups")]
+)
 def test_a_granularity_that_does_not_divide_says_so(granularity, limit):
     with pytest.raises(WeightError, match=limit):
         scales_shape(6, 8, granularity)

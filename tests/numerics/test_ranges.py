@@ -59,7 +59,9 @@ def test_the_error_from_the_gram_matrix_is_the_error_over_the_tokens(granularity
     weight, inputs = problem()
     delta = torch.randn_like(weight)
     size = 16 if isinstance(granularity, PerGroup) else 64
-    expected = torch.einsum("ogk,tgk->otg", delta.unflatten(1, (-1, size)), inputs.unflatten(1, (-1, size))).square().sum(1)
+    expected = (
+        torch.einsum("ogk,tgk->otg", delta.unflatten(1, (-1, size)), inputs.unflatten(1, (-1, size))).square().sum(1)
+    )
     found = output_error(inputs.T @ inputs, format_of(Convention.GPTQ, granularity))(delta)
     assert torch.allclose(found, expected, rtol=1e-10)
 

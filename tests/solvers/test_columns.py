@@ -125,8 +125,9 @@ class TestSegment:
     def test_the_whole_difference_is_the_errors_times_the_spread(self, outs, width, zeros, seed):
         case = problem(outs, width, zeros=zeros, seed=seed)
         solved = round_segment(*case)
-        # `width` sums of products, and their cancellation: the spread's rows are much larger than the weights
-        bound = width * torch.finfo(torch.float64).eps * (solved.errors.abs() @ case.spread.abs()).max()
+        # a product and a difference per column, in the solver and again here, each off by eps/2 of a partial sum
+        largest = (case.weight.abs() + solved.rounded.abs() + solved.errors.abs() @ case.spread.abs()).max()
+        bound = 2 * (width + 1) * torch.finfo(torch.float64).eps * largest
         assert (solved.errors @ case.spread - (case.weight - solved.rounded)).abs().max() <= bound
 
     def test_correlated_inputs_lose_less_than_by_plain_rounding(self):
@@ -144,7 +145,7 @@ class TestSegment:
         before = [tensor.clone() for tensor in tensors]
         for solve in (reference.round_segment, triton_kernel.round_segment):
             assert_same(solve(*poisoned), reference.round_segment(*case))
-            assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+            assert all(torch.equal(a.nan_to_num(99), b.nan_to_num(99)) for a, b in zip(before, tensors, strict=True))
 
 
 def assert_same(result: Segment, expected: Segment) -> None:
@@ -320,13 +321,20 @@ class TestColumns:
 
         def watched(*arguments, **keywords):
             seen.append(matmul.fp32_precision)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
             return addmm_(*arguments, **keywords)
 
         monkeypatch.setattr(Tensor, "addmm_", watched)
-        monkeypatch.setattr(matmul, "fp32_precision", outside)
-        solve_whole(problem(1, 70), 32, tf32=tf32)
+        at_first = matmul.fp32_precision
+        matmul.fp32_precision = outside  # not by monkeypatch, which takes this attribute for a missing one
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                solve_whole(problem(1, 100), 32, tf32=tf32)
+            assert matmul.fp32_precision == outside
+        finally:
+            matmul.fp32_precision = at_first
         assert set(seen) == {inside}
-        assert matmul.fp32_precision == outside
 
 
 class TestRefusals:

@@ -22,6 +22,7 @@ from halfbyte.export.layout import (
     own_codes,
     present,
     require,
+    require_some,
     resolved,
     unsigned_codes,
     whole_zero_points,
@@ -112,6 +113,7 @@ class Awq:
         """See Layout. FormatError unless all groups have one size, or where the name of an ignored module is part of
         a quantized one's, which readers would skip too.
         """
+        require_some(formats, self.name)
         sizes = {_group_size(format): path for path, format in formats.items()}
         if len(sizes) > 1:
             told = ", ".join(f"{size} ({path})" for size, path in sizes.items())

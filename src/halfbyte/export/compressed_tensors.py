@@ -30,6 +30,7 @@ from halfbyte.export.layout import (
     own_codes,
     present,
     require,
+    require_some,
     resolved,
     scale_dtype,
     scale_dtypes,
@@ -63,6 +64,8 @@ class CompressedTensors:
         """See Layout."""
         if format.granularity == PerTensor():
             return "vLLM reads one scale per channel or group, not one per tensor"
+        if format.bits not in (2, 4, 8):
+            return f"transformers reads {format.bits} bits with compressed-tensors 0.19 or later: 0.17 packed otherwise"
         if not format.symmetric:
             return "transformers 5.23 loads zero points only with CompressedTensorsConfig(dequantize=True)"
         return None
@@ -126,6 +129,7 @@ class CompressedTensors:
 
         Several groups never use the target `Linear`: vLLM would take it for every fused layer (q, k and v in one).
         """
+        require_some(formats, self.name)
         members: dict[str, list[str]] = defaultdict(list)
         weights: dict[str, dict[str, Any]] = {}
         for path, format in formats.items():

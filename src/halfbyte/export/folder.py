@@ -54,7 +54,9 @@ class OutputFolder:
             self._lock = FileLock(self.folder / LOCK)
             self._lock.acquire(timeout=0)
         except Timeout as cause:
-            raise OutputError(f"another run is writing to {self.folder}: wait for it, or choose another --output") from cause
+            raise OutputError(
+                f"another run is writing to {self.folder}: wait for it, or choose another --output"
+            ) from cause
         except OSError as cause:
             raise OutputError(f"{self.folder} cannot be written ({cause.strerror}): choose another --output") from cause
         self._read_journal()

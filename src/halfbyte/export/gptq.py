@@ -24,6 +24,7 @@ from halfbyte.export.layout import (
     own_codes,
     present,
     require,
+    require_some,
     resolved,
     unsigned_codes,
     whole_zero_points,
@@ -134,6 +135,7 @@ class Gptq:
 
     def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
         """See Layout. The commonest format is the base; modules of others and skipped ones have rules in `dynamic`."""
+        require_some(formats, self.name)
         settings = {path: _settings(format) for path, format in formats.items()}
         base = dict(Counter(tuple(entry.items()) for entry in settings.values()).most_common(1)[0][0])
         in_blocks = sorted({_within_block(path) for path in formats if family(path)})

@@ -71,7 +71,7 @@ class Layout(Protocol):
     def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of config.json. `ignored`: paths of the linear layers that are not quantized.
 
-        FormatError where the layout cannot tell the formats apart.
+        FormatError where there are no formats, or the layout cannot tell them apart.
         """
         ...
 
@@ -115,6 +115,12 @@ def require(refusal: str | None, name: str) -> None:
     """FormatError if there is a refusal."""
     if refusal is not None:
         raise FormatError(f"{name} cannot hold this weight: {refusal}")
+
+
+def require_some(formats: Mapping[str, WeightFormat], name: str) -> None:
+    """FormatError if there is nothing to write."""
+    if not formats:
+        raise FormatError(f"no module is quantized, so there is no {name} checkpoint: select modules in the recipe")
 
 
 def expect(refusal: str | None, name: str, out: int, columns: int) -> None:

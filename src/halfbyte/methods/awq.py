@@ -30,9 +30,7 @@ from halfbyte.scheme import Value, WeightFormat
 SMALLEST_SCALE = 1e-4
 
 
-def candidate(
-    inputs: Float[Tensor, "in"], weights: Float[Tensor, "in"] | None, exponent: float
-) -> Float[Tensor, "in"]:
+def candidate(inputs: Float[Tensor, "in"], weights: Float[Tensor, "in"] | None, exponent: float) -> Float[Tensor, "in"]:
     """The scale at one grid point, normalised so that its largest and smallest entries are reciprocal."""
     scale = inputs.pow(exponent)
     if weights is not None:
@@ -102,6 +100,8 @@ class AWQ(Value):
         """The squared output error of rounding this weight under this scale."""
         scaled = weight * scale
         gram_then = gram / (scale[:, None] * scale) if self.ranges == "output" else None
-        delta = round_to_grid(scaled, find_grid(scaled, format, self.ranges, gram_then), format).decode() / scale - weight
+        delta = (
+            round_to_grid(scaled, find_grid(scaled, format, self.ranges, gram_then), format).decode() / scale - weight
+        )
         with float32_products(tf32=True):  # candidates differ by far more than TF32 rounds
             return float(((delta @ gram) * delta).sum())

@@ -35,6 +35,8 @@ def locate(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if (unfinished := path.with_name(path.name + ".unfinished")).is_dir():
+        raise CheckpointError(f"{path} is not there yet, {unfinished} holds an unfinished run: go on with --resume")
     if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model} is not a folder: give a model's folder, or a hub name such as org/model")
     try:
@@ -83,9 +85,7 @@ class WeightFiles:
             try:
                 self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as cause:
-                raise CheckpointError(
-                    f"{path} is truncated or damaged ({cause}): download this file again"
-                ) from cause
+                raise CheckpointError(f"{path} is truncated or damaged ({cause}): download this file again") from cause
         return self._open[path]
 
     def __contains__(self, name: str) -> bool:
@@ -202,9 +202,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False, refuse_quantized:
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The parsed config.json. CheckpointError where it is missing or damaged."""
     if not (folder / "config.json").is_file():
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        hint = f"; {unfinished} is an unfinished run, go on with --resume" if unfinished.is_dir() else ""
-        raise CheckpointError(f"{folder} has no config.json, so it is not a finished model folder{hint}")
+        raise CheckpointError(f"{folder} has no config.json, so it is not a finished model folder: check the path")
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as cause:

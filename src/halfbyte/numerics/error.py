@@ -26,6 +26,8 @@ def output_power(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
         return float(((weight @ gram.to(weight.dtype)) * weight).sum())
 
 
-def output_snr(weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+def output_snr(
+    weight: Float[Tensor, "out in"], rounded: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
+) -> float:
     """Signal-to-noise ratio of the layer's outputs over the calibration tokens, in dB."""
     return decibels(output_power(weight, gram), output_power(weight - rounded, gram))

@@ -80,9 +80,7 @@ def round_scales(scales: Float[Tensor, "..."], kind: Scale) -> Float[Tensor, "..
             return (scales * amplifier).round().clamp(min=1) / amplifier
 
 
-def grid_between(
-    low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], format: WeightFormat
-) -> Grid:
+def grid_between(low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], format: WeightFormat) -> Grid:
     """The grid whose range is low..high (low <= high); symmetric formats take the larger magnitude of the two.
 
     A group without range gets scale 1, so that an all-zero group stays zero.
@@ -111,9 +109,7 @@ def fit(weight: Float[Tensor, "out in"], format: WeightFormat) -> Grid:
     return grid_between(low.view(shape), high.view(shape), format)
 
 
-def encode(
-    weight: Float[Tensor, "out in"], grid: Grid, format: WeightFormat
-) -> Integer[Tensor, "out in"]:
+def encode(weight: Float[Tensor, "out in"], grid: Grid, format: WeightFormat) -> Integer[Tensor, "out in"]:
     """The nearest codes (ties to even): int8 for symmetric formats, uint8 for asymmetric ones."""
     steps = weight / expand(grid.scales, *weight.shape)
     if grid.zero_points is not None:

@@ -18,7 +18,7 @@ between them in three steps, for pairs, fours and eights, on whatever device the
     fours closed      │         hgfe                dcba       │
     eights closed     │                           hgfedcba     │   the low `bits` bytes are kept
 
-Bytes are viewed as words in place, which is right on little-endian machines, the only ones that torch is built for.
+Bytes are viewed as words in place, which is right on little-endian machines only.
 """
 
 import torch
@@ -54,10 +54,11 @@ def pack(codes: UInt8[Tensor, "*rows cols"], bits: int) -> Int32[Tensor, "*rows 
     spread = codes.new_zeros(*rows, lanes * LANE_CODES)
     spread[..., :cols] = codes
     _close_gaps_(spread.view(torch.int64), bits)
+    closed = spread.unflatten(-1, (lanes, LANE_CODES))[..., :bits].flatten(-2)
     # the last lane may reach past the last word, or the last word past the last lane
-    packed = codes.new_zeros(*rows, max(lanes * bits, 4 * words))
-    packed[..., : lanes * bits] = spread.unflatten(-1, (lanes, LANE_CODES))[..., :bits].flatten(-2)
-    return packed[..., : 4 * words].contiguous().view(torch.int32)
+    packed = codes.new_zeros(*rows, 4 * words)
+    packed[..., : lanes * bits] = closed[..., : 4 * words]
+    return packed.view(torch.int32)
 
 
 def unpack(words: Int32[Tensor, "*rows words"], bits: int, cols: int) -> UInt8[Tensor, "*rows cols"]:

@@ -57,8 +57,7 @@ class QuantizedLinear(nn.Module):
             zero_points = torch.empty(rows, groups, dtype=torch.int32, device=device)
         self.register_buffer("weight_zero_point", zero_points)
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
-        # empty; what moves and casts the module does the same to it, and so tells the dtype of activations to expect
-        self.register_buffer("_activations", torch.empty(0, device=device), persistent=False)
+        self._activations = torch.empty(0, device=device)  # of the dtype to expect; what casts the module casts it too
         self.kernel = UNPREPARED
 
     @classmethod
@@ -153,6 +152,7 @@ class QuantizedLinear(nn.Module):
         """What `to` and its like call. Scales keep their stored type, as a cast would round them."""
         scales, ready = self.weight_scale, self.kernel != UNPREPARED
         super()._apply(fn, recurse)
+        self._activations = fn(self._activations)
         if not scales.is_meta:
             self.weight_scale = scales.to(self.weight_packed.device)
         return self.prepare(self._activations.dtype) if ready else self

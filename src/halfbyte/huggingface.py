@@ -1,0 +1,100 @@
+"""transformers reads our own checkpoints: after `import halfbyte.huggingface`, `from_pretrained` does.
+
+Only for `quant_method: halfbyte`; compressed-tensors, GPTQ and AWQ folders have readers in transformers already, and
+`halfbyte.load` reads all of them. transformers finds no quantizer by itself: without the import it warns and leaves the
+layers randomly initialised. Mixtures of experts are refused, because transformers fuses their experts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from halfbyte.errors import CheckpointError, ModelError
+from halfbyte.models.linearize import is_transposed
+from halfbyte.models.load import WeightFiles
+from halfbyte.runtime.linear import LAYOUT, QuantizedLinear
+from halfbyte.runtime.load import OWN_METHOD
+from halfbyte.scheme import WeightFormat
+
+
+@register_quantization_config(OWN_METHOD)
+class HalfbyteConfig(QuantizationConfigMixin):
+    """`quantization_config` as it stands in config.json."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.quant_method: Any = OWN_METHOD
+        self.__dict__.update(entries)
+
+
+@register_quantizer(OWN_METHOD)
+class HalfbyteQuantizer(HfQuantizer):
+    """Puts a QuantizedLinear in the place of every layer that the configuration calls quantized."""
+
+    requires_calibration = True  # transformers refuses to make such a model from an unquantized one
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes what was read; scales become float32."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, *, checkpoint_files: list[str] | None = None, **_options: Any
+    ) -> None:
+        if any(parameter.dim() == 3 for parameter in model.parameters()):
+            raise ModelError(
+                f"{type(model).__name__} has fused experts, which transformers would not fill from packed ones: use "
+                "halfbyte.load"
+            )
+        linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+        formats = LAYOUT.formats(self.quantization_config.to_dict(), list(linears))
+        if not formats:
+            raise CheckpointError("quantization_config selects none of the model's linear layers: mend config.json")
+        for name, format in formats.items():
+            model.set_submodule(name, _room(linears[name], format))
+        if checkpoint_files:
+            _check_files(model, formats, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.prepare(model.dtype)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def _room(linear: Any, format: WeightFormat) -> QuantizedLinear:
+    out, columns = linear.weight.T.shape if is_transposed(linear) else linear.weight.shape
+    return QuantizedLinear(columns, out, format, bias=linear.bias is not None, device="meta")
+
+
+def _check_files(model: Any, formats: Mapping[str, WeightFormat], checkpoint_files: list[str]) -> None:
+    """CheckpointError unless the files hold the packed tensors of these layers and of no others.
+
+    transformers itself only warns, and makes up what is missing.
+    """
+    paths = [Path(file) for file in checkpoint_files]
+    files = WeightFiles(paths[0].parent, [path.name for path in paths])
+    base = model.base_model_prefix + "."
+    there = {name.removeprefix(base) for name in files if name.rpartition(".")[2] in LAYOUT.suffixes}
+    expected = {
+        f"{name}.{suffix}".removeprefix(base)
+        for name in formats
+        for suffix in LAYOUT.suffixes
+        if getattr(model.get_submodule(name), suffix) is not None
+    }
+    if there != expected:
+        some = sorted(there ^ expected)[0]
+        raise CheckpointError(
+            f"{paths[0].parent}: {some} is {'not in the files' if some in expected else 'of no quantized layer'}, so "
+            "config.json and the files do not belong together"
+        )
