@@ -142,7 +142,10 @@ def test_an_output_in_the_way_is_kept(tmp_path):
     (tmp_path / "out" / "precious").write_text("here")
     with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
         run(source, tmp_path / "out")
+    with pytest.raises(OutputError, match=r"not a checkpoint.*not deleted"):
+        run(source, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "precious").read_text() == "here"
+    (tmp_path / "out" / "config.json").write_text("{}")
     run(source, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "precious").exists()
 

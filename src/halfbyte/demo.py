@@ -18,8 +18,8 @@ from halfbyte.runtime.load import load
 
 MODEL = Path(__file__).parent / "demo_model"
 RESULT = "demo.json"
-SAMPLES = 64  # of WINDOW tokens each, for calibration
-WINDOWS = 16  # of WINDOW tokens each, for evaluation
+SAMPLES = 32  # of WINDOW tokens each, for calibration
+WINDOWS = 8  # of WINDOW tokens each, for evaluation
 WINDOW = 512
 
 
@@ -70,9 +70,8 @@ def demo(
     start = time.perf_counter()
     folder = _own_folder(Path(output).expanduser())
     chosen = [Recipe.load(recipe) for recipe in (shipped() if recipes is None else recipes)]
-    training, held_out = (_written(folder / name, text) for name, text in zip(
-        ("calibration.txt", "held-out.txt"), documentation_split(), strict=True
-    ))  # fmt: skip
+    training, held_out = documentation_split()
+    training, held_out = _written(folder / "calibration.txt", training), _written(folder / "held-out.txt", held_out)
     total = 2 * len(chosen) + 1
     progress(0, total, "measuring the original")
     original = load(model, device=device)
@@ -83,9 +82,10 @@ def demo(
     rows = [_original_row(Path(model), measured(original, None))]
     for place, recipe in enumerate(chosen):
         progress(2 * place + 1, total, f"quantizing by {recipe.name}")
+        calibration = training if recipe.needs_data else None
         report = quantize(
-            model, recipe, folder / recipe.name, calibration=training, samples=samples, length=window, device=device,
-            overwrite=True,
+            model, recipe, folder / recipe.name, calibration=calibration, samples=samples, length=window,
+            device=device, overwrite=True,
         )  # fmt: skip
         progress(2 * place + 2, total, f"measuring {recipe.name}")
         rows.append(_row(recipe, report, measured(folder / recipe.name, original)))

@@ -59,6 +59,9 @@ class HalfbyteQuantizer(HfQuantizer):
             raise CheckpointError("quantization_config selects none of the model's linear layers: mend config.json")
         for name, format in formats.items():
             model.set_submodule(name, _room(linears[name], format))
+            # transformers would draw random weights for it, and GPT-2 does so from the module around it
+            for part in (name, name.rpartition(".")[0]):
+                model.get_submodule(part)._is_hf_initialized = True
         if checkpoint_files:
             _check_files(model, formats, checkpoint_files)
 

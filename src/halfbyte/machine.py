@@ -23,6 +23,16 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """`auto`: float32 on a CPU, elsewhere what the weights are stored in. HalfbyteError for a dtype of another name."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in names:
+        raise HalfbyteError(f"dtype {name!r} is not known: use auto, {', '.join(names)}")
+    return names[name]
+
+
 def resident_memory() -> int:
     """Bytes that this process holds now; where the system does not say, the most it ever held."""
     status = Path("/proc/self/status")

@@ -22,7 +22,7 @@ from halfbyte.checkpoint import block_tensors, finish, fingerprint, hash_source,
 from halfbyte.errors import CalibrationError, CheckpointError
 from halfbyte.evaluation.report import Report
 from halfbyte.export.folder import OutputFolder
-from halfbyte.machine import measured_flops, peak_memory_used, pick_device, resident_memory, start_measuring
+from halfbyte.machine import measured_flops, peak_memory_used, pick_device, pick_dtype, resident_memory, start_measuring
 from halfbyte.models.load import (
     Skeleton, WeightFiles, locate, materialize, materialize_outer, outer_modules, release, skeleton,
 )  # fmt: skip
@@ -53,6 +53,7 @@ class Run:
         length: int = 2048,
         seed: int = 0,
         device: str = "auto",
+        dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
         self.recipe = Recipe.load(recipe)
@@ -63,7 +64,7 @@ class Run:
         self.skeleton: Skeleton = skeleton(folder, trust_remote_code=trust_remote_code, refuse_quantized=True)
         self.modules = plan_modules(self.skeleton, self.files, self.recipe)
         self.stored_dtype = self.files.dtype(self.skeleton.stored_name(f"{self.modules[0].path}.weight", self.files))
-        self.dtype = torch.float32 if self.device.type == "cpu" else self.stored_dtype
+        self.dtype = pick_dtype(dtype, self.device, self.stored_dtype)
         self.observed = self.recipe.needs_data or calibration is not None
         self.source, self.samples, self.length, self.seed = calibration, samples, length, seed
 
@@ -150,6 +151,7 @@ def quantize(
     length: int = 2048,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -158,7 +160,8 @@ def quantize(
     """Quantize a Hugging Face model (folder or hub name) by a recipe into a new folder, and say what it cost.
 
     `calibration`: a text file, a data set's name, "random" or "self"; recipes that need no data do without. `samples`
-    of `length` tokens. Raises the errors of halfbyte.errors; what was finished before stays and `resume` goes on.
+    of `length` tokens. `dtype` is what calibration passes are computed in: float32 on a CPU and the model's own on a GPU
+    unless given. Raises the errors of halfbyte.errors; what was finished before stays and `resume` goes on.
     """
     start = time.perf_counter()
     start_measuring()

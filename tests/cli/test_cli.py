@@ -189,7 +189,9 @@ def test_inspecting_says_what_is_there_and_fails_on_damage(quantized, tmp_path):
     assert whole.exit_code == 0, whole.output
     assert "int4 sym g16" in whole.output
     assert "intact" in whole.output
-    assert json.loads(run("inspect", quantized[0], "--json").output)["layout"] == "compressed-tensors"
+    fields = json.loads(run("inspect", quantized[0], "--json").output)
+    assert fields["layout"] == "compressed-tensors"
+    assert sum(fields["kernels"].values()) == len(fields["modules"]) == 14
     shard = next(quantized[0].glob("*.safetensors"))
     for file in quantized[0].iterdir():
         damaged = file.read_bytes()

@@ -273,7 +273,7 @@ def test_the_comparison_notices(bug: Callable[[Problem], Problem]) -> None:
     assert relative_error(reference.wna16_matmul(*bug(arguments)), expected) > 0.1
 
 
-@pytest.mark.parametrize(("bits", "asymmetric", "bias"), [(4, False, False), (4, True, True), (3, True, False)])
+@pytest.mark.parametrize(("bits", "asymmetric", "bias"), [(4, True, True), (3, False, False)])
 def test_the_op_is_a_good_citizen_of_torch(bits: int, asymmetric: bool, bias: bool) -> None:
     arguments = problem(3, 64, 16, 32, bits=bits, asymmetric=asymmetric, bias=bias, dtype=torch.float32)
     torch.library.opcheck(torch.ops.halfbyte.wna16_matmul.default, tuple(arguments))
@@ -308,10 +308,9 @@ def test_arguments_that_disagree_are_refused(change: dict[str, Any], why: str) -
     given: dict[str, Any] = problem(2, 64, 16, 32, asymmetric=True, dtype=torch.float32)._asdict() | change
     with pytest.raises(WeightError, match=why):
         wna16_matmul(**given)
+    on_meta: dict[str, Any] = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
     with pytest.raises(WeightError, match=why):
-        wna16_matmul(
-            **{name: value.to("meta") if isinstance(value, Tensor) else value for name, value in given.items()}
-        )
+        wna16_matmul(**on_meta)
 
 
 @pytest.mark.parametrize(

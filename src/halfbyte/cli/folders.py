@@ -1,5 +1,6 @@
 """halfbyte inspect and halfbyte export: what is done with a finished checkpoint's folder."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,9 @@ class Format(StrEnum):
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint's folder.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Say what a checkpoint holds, whether it is intact, and which kernels would run it here.
@@ -31,8 +35,11 @@ def inspect(
     # PyTorch takes seconds to import, which the help must not wait for.
     from halfbyte.cli import tables
     from halfbyte.export.inspect import inspect as run
+    from halfbyte.runtime.choice import kernels_here
 
     found = run(folder)
+    if not found.problems:
+        found = replace(found, kernels=kernels_here(folder, trust_remote_code=trust_remote_code))
     if json:
         write_json(found.as_dict(), Path("-"))
     else:

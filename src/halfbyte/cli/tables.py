@@ -136,9 +136,9 @@ def inspection(found: Inspection) -> Group:
         f"bits/weight  {found.model_bits_per_weight:.3f}{quantized}",
         f"unquantized  {100 * found.unquantized_share:.1f} % of the parameters",
     ]
-    if found.kernels is not None:
+    if found.kernels:
         told = ", ".join(f"{name} ({count} modules)" for name, count in found.kernels.items())
-        facts.append(f"kernels      {told or 'none'}")
+        facts.append(f"kernels      {told}")
     problems = [Text(f"problem: {problem}", style="red") for problem in found.problems]
     return Group(*([rows, ""] if found.formats else []), *facts, *(problems or [Text("intact", style="green")]))
 

@@ -43,6 +43,8 @@ class OutputFolder:
         self.finished: dict[str, dict[str, Any]] = {}
         if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
             raise OutputError(f"{output} exists already: choose another --output, or give --overwrite to replace it")
+        if overwrite and output.exists() and not _replaceable(output):
+            raise OutputError(f"{output} is not a checkpoint (it has no config.json), so it is not deleted: move it away")
         if self.folder.exists() and not (resume or overwrite):
             raise OutputError(
                 f"{self.folder} holds an unfinished run: go on with --resume, or give --overwrite to start anew"
@@ -157,6 +159,10 @@ class OutputFolder:
     ) -> None:
         self._writer.shutdown(wait=True)
         self._lock.release()
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
 
 
 def sha256(path: Path) -> str:

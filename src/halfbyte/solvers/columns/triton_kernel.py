@@ -5,8 +5,8 @@ A program has BLOCK_ROWS rows, cut into tiles of 16 columns (a tuple of tiles, n
       one row of the segment:  | tile 0: 16 columns | tile 1 | ... | tile 7 |
                                  4 threads, 4 columns each, and the same 4 threads in every tile
 
-Triton gives a [8 * warps, 16] tile of float32 exactly this layout, whatever its version: 16-byte loads put 4 threads
-on a row and 8 rows on a warp. So picking column j is four selects and two shuffles, nothing goes through shared
+Triton (3.6 and 3.9 were looked at) gives a [8 * warps, 16] tile of float32 exactly this layout: 16-byte loads put 4
+threads on a row and 8 rows on a warp. So picking column j is four selects and two shuffles, nothing goes through shared
 memory and no warp waits for another. The loop over tiles is unrolled: a tile that is done costs nothing. A step is
 bound by the latency of its chain (two shuffles, two divisions), not by arithmetic or memory.
 
