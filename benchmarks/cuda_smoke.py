@@ -17,8 +17,8 @@ import halfbyte
 from halfbyte.demo_text import documentation_split
 from halfbyte.pipeline import quantize
 from halfbyte.runtime.generate import generate
-from halfbyte.runtime.load import load
 from halfbyte.runtime.linear import QuantizedLinear
+from halfbyte.runtime.load import load
 
 MODEL = Path(halfbyte.__file__).parent / "demo_model"
 
@@ -55,7 +55,9 @@ def main() -> None:
             compiled = torch.compile(model, dynamic=False)
             with torch.no_grad():
                 found = compiled(input_ids=ids.cuda()).logits.cpu().double()
-            print(json.dumps({"recipe": recipe, "compiled bfloat16": float((found - expected).norm() / expected.norm())}))
+            print(
+                json.dumps({"recipe": recipe, "compiled bfloat16": float((found - expected).norm() / expected.norm())})
+            )
     if options.json:
         options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
 

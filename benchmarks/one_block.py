@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from llama2_7b import make_model
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte.calibration.data import calibration_tokens
 from halfbyte.pipeline import quantize
+from llama2_7b import make_model
 
 SAMPLES, LENGTH = 128, 2048
 

@@ -50,7 +50,9 @@ def table(rows: list[dict[str, Any]], models: list[str]) -> str:
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         cells = {row["model"]: row for row in rows if row["recipe"] == recipe}
         bits = next(iter(cells.values()))["bits_per_weight"]
-        values = [f"{cells[m]['perplexity']:.2f} | {cells[m]['kl_mean']:.4f}" if m in cells else "– | –" for m in models]
+        values = [
+            f"{cells[m]['perplexity']:.2f} | {cells[m]['kl_mean']:.4f}" if m in cells else "– | –" for m in models
+        ]
         lines.append(f"| `{recipe}` | {bits:.2f} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
@@ -62,7 +64,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=shipped())
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--evaluate-on", default="cpu", help="the device of the evaluation, apart from the quantization's")
+    parser.add_argument(
+        "--evaluate-on", default="cpu", help="the device of the evaluation, apart from the quantization's"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--readme", type=Path, help="replace the table between the markers of this file")
     options = parser.parse_args()

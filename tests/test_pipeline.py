@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import relative_error
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGURATIONS, tiny, tokens
-from tiny_tokenizer import prose, tiny_tokenizer
 
+from closeness import relative_error
 from halfbyte.errors import (
     CalibrationError,
     CheckpointError,
@@ -27,6 +25,8 @@ from halfbyte.errors import (
 from halfbyte.pipeline import quantize
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.load import load
+from tiny_models import CONFIGURATIONS, tiny, tokens
+from tiny_tokenizer import prose, tiny_tokenizer
 
 TIMED = {"report.json", "report.html"}  # they say how long the run took
 

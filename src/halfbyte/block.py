@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import SharedInput, Stream, linears, observe, shared_inputs
 from halfbyte.errors import CalibrationError, HalfbyteError, ModelError
 from halfbyte.methods.contract import Rounding
 from halfbyte.methods.rtn import RTN
-from halfbyte.models.fold import find_links
+from halfbyte.models.fold import ResolvedLink, find_links
 from halfbyte.models.load import Skeleton
 from halfbyte.numerics.error import output_snr, weight_snr
 from halfbyte.numerics.grid import Grid
@@ -93,7 +92,7 @@ class BlockQuantizer:
         seen = observe(block, self.stream, index, inputs, reference)
         check_finite(index, seen)
         for step in self.recipe.transforms:
-            step.transform(self._links(index, block), seen, formats)
+            step.transform(self._links(block), seen, formats)
         if self.recipe.transforms:
             if reference and self.recipe.sequential:  # what is observed from now on is scaled in both models alike
                 reference = (copy.deepcopy(block), reference[1])
@@ -105,7 +104,7 @@ class BlockQuantizer:
             for name in shared:
                 seen.pop(name)
 
-    def _links(self, index: int, block: nn.Module) -> list:
+    def _links(self, block: nn.Module) -> list[ResolvedLink]:
         if self.skeleton.architecture is None:
             raise ModelError(
                 f"{self.skeleton.config.model_type} has no table of links, and {self.recipe.transforms[0].method} must "

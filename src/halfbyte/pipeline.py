@@ -17,14 +17,21 @@ from torch import nn
 
 from halfbyte.block import BlockQuantizer, ModuleRecord
 from halfbyte.calibration.data import Calibration, calibration_tokens
-from halfbyte.calibration.walk import Stream, enter, linears
-from halfbyte.checkpoint import block_tensors, finish, fingerprint, hash_source, restore_block, write_rest
-from halfbyte.errors import CalibrationError, CheckpointError
+from halfbyte.calibration.walk import Stream, enter
+from halfbyte.checkpoint import block_tensors, fingerprint, finish, hash_source, restore_block, write_rest
+from halfbyte.errors import CalibrationError
 from halfbyte.evaluation.report import Report
 from halfbyte.export.folder import OutputFolder
 from halfbyte.machine import measured_flops, peak_memory_used, pick_device, pick_dtype, resident_memory, start_measuring
 from halfbyte.models.load import (
-    Skeleton, WeightFiles, locate, materialize, materialize_outer, outer_modules, release, skeleton,
+    Skeleton,
+    WeightFiles,
+    locate,
+    materialize,
+    materialize_outer,
+    outer_modules,
+    release,
+    skeleton,
 )  # fmt: skip
 from halfbyte.plan import Plan, Workload, estimate_seconds, layout_name, peak_memory, plan_modules
 from halfbyte.recipe import Recipe
@@ -167,7 +174,7 @@ def quantize(
     start_measuring()
     run = Run(
         model, recipe, calibration=calibration, samples=samples, length=length, seed=seed, device=device,
-        trust_remote_code=trust_remote_code,
+        dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     plan = run.plan()
     tokens = run.calibrate()

@@ -1,5 +1,6 @@
 """What the user asked for: a scheme, the steps that lead to it, and what is different for some modules."""
 
+import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -9,7 +10,6 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomllib
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -37,7 +37,7 @@ class Recipe(Value):
     """Gather each layer's statistics after the layers before it in the block are rounded (GPTQ's `true_sequential`)."""
     starved: Literal["error", "round"] = "error"
     """What to do with an expert that saw fewer than `minimum_tokens`: stop, or round it to nearest."""
-    minimum_tokens: int = Field(32, ge=1)
+    minimum_tokens: int = Field(default=32, ge=1)
 
     @field_validator("overrides")
     @classmethod

@@ -52,7 +52,7 @@ class PerGroup(Value):
     """One scale per `size` neighbouring inputs of a row."""
 
     kind: Literal["group"] = "group"
-    size: int = Field(128, ge=1)
+    size: int = Field(default=128, ge=1)
 
 
 class GroupCount(Value):
@@ -76,7 +76,7 @@ class IntegerScale(Value):
     """Scales are S/amplifier with integer S >= 1 (Integer Scale, arXiv 2405.14597, section 4)."""
 
     kind: Literal["integer"] = "integer"
-    amplifier: int = Field(1024, ge=1)
+    amplifier: int = Field(default=1024, ge=1)
 
 
 Scale = Annotated[FloatScale | IntegerScale, Field(discriminator="kind")]
@@ -85,14 +85,14 @@ Scale = Annotated[FloatScale | IntegerScale, Field(discriminator="kind")]
 class OutlierSplit(Value):
     """Input columns whose activations reach `threshold` are computed in 16 bit (LLM.int8(), arXiv 2208.07339, section 3)."""
 
-    threshold: float = Field(6.0, ge=0)
+    threshold: float = Field(default=6.0, ge=0)
     columns: Literal["kept", "dequantized"] = "kept"
 
 
 class WeightFormat(Value):
     """How a weight matrix is stored."""
 
-    bits: int = Field(4, ge=2, le=8)
+    bits: int = Field(default=4, ge=2, le=8)
     convention: Convention = Convention.GPTQ
     granularity: Granularity = PerGroup(size=128)
     scale: Scale = FloatScale()
@@ -152,10 +152,10 @@ class WeightFormat(Value):
 class ActivationFormat(Value):
     """How a linear's input is quantized at run time."""
 
-    bits: int = Field(8, ge=2, le=8)
+    bits: int = Field(default=8, ge=2, le=8)
     symmetric: bool = True
     granularity: Literal["token", "tensor", "group"] = "token"
-    group_size: int | None = Field(None, ge=1)
+    group_size: int | None = Field(default=None, ge=1)
     dynamic: bool = True
 
     @model_validator(mode="after")
@@ -170,13 +170,13 @@ class ActivationFormat(Value):
 class CacheFormat(Value):
     """How past keys and values are stored (WKVQuant, arXiv 2402.12065: the current token stays exact)."""
 
-    key_bits: int = Field(4, ge=2, le=8)
-    value_bits: int = Field(4, ge=2, le=8)
-    group_size: int = Field(128, ge=1)
+    key_bits: int = Field(default=4, ge=2, le=8)
+    value_bits: int = Field(default=4, ge=2, le=8)
+    group_size: int = Field(default=128, ge=1)
     symmetric: bool = False
     past_only: bool = True
-    sinks: int = Field(0, ge=0)  # first tokens kept exact
-    window: int = Field(0, ge=0)  # most recent tokens kept exact
+    sinks: int = Field(default=0, ge=0)  # first tokens kept exact
+    window: int = Field(default=0, ge=0)  # most recent tokens kept exact
 
 
 class Scheme(Value):

@@ -2,15 +2,15 @@ import copy
 
 import pytest
 import torch
-from closeness import relative_error
-from tiny_models import VARIANTS, tiny, tokens
 
+from closeness import relative_error
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import Stream, enter, linears, observe, shared_inputs
 from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.models.linearize import linearize
 from halfbyte.models.load import find_blocks
 from halfbyte.models.tables import architecture_of
+from tiny_models import VARIANTS, tiny, tokens
 
 CPU = torch.device("cpu")
 

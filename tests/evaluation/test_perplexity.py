@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.calibration.text import tokenize
 from halfbyte.errors import CalibrationError, ModelError
+from halfbyte.evaluation.drift import negative_log_likelihood
 from halfbyte.evaluation.perplexity import evaluate, text_windows
 from tiny_models import VOCABULARY, tiny
 from tiny_tokenizer import prose, tiny_tokenizer
@@ -36,12 +37,35 @@ def test_the_reference_model_has_its_known_perplexity(reference_model):
     assert (found.tokens, found.window, found.dtype, found.bos) == (1024, 256, "float32", False)
 
 
-def test_perplexity_is_the_mean_of_transformers_own_loss():
-    model, tokenizer = pair()
-    found = evaluate((model, tokenizer), text=TEXT, window=33)
-    windows = tokenize(TEXT, tokenizer)[: found.tokens].view(-1, 33)
+def by_transformers(model, tokenizer, window: int) -> float:
+    ids = tokenize(TEXT, tokenizer)
+    windows = ids[: len(ids) // window * window].view(-1, window)
     losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in windows]
-    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_perplexity_is_the_mean_of_transformers_own_loss():
+    expected = by_transformers(*pair(), 33)
+    assert evaluate(pair(), text=TEXT, window=33).perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def unshifted(logits, targets):
+    return negative_log_likelihood(logits, targets.roll(1))
+
+
+def in_bits(logits, targets):
+    return negative_log_likelihood(logits, targets) / math.log(2)
+
+
+def without_the_last_token(logits, targets):
+    return negative_log_likelihood(logits[:-1], targets[:-1])
+
+
+@pytest.mark.parametrize("bug", [unshifted, in_bits, without_the_last_token])
+def test_the_comparison_with_transformers_notices(bug, monkeypatch):
+    expected = by_transformers(*pair(), 33)
+    monkeypatch.setattr("halfbyte.evaluation.perplexity.negative_log_likelihood", bug)
+    assert evaluate(pair(), text=TEXT, window=33).perplexity != pytest.approx(expected, rel=1e-3)
 
 
 def test_windows_do_not_overlap_and_the_last_partial_one_is_dropped():

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from closeness import relative_error
 from torch import nn
 
+from closeness import relative_error
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.methods.awq import AWQ, candidate
 from halfbyte.methods.rtn import RTN

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from closeness import relative_error
 
+from closeness import relative_error
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.errors import CalibrationError
 from halfbyte.methods.gptq import GPTQ, correction, damped, error_spread

@@ -5,7 +5,7 @@ position embeddings are whatever this architecture makes of them, per layer wher
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,10 +107,8 @@ def enter(
         stack.enter_context(without_cache(model.config))
         for batch in batches:
             recorder.calls = []
-            try:
+            with suppress(_LastBlockReached):
                 model(input_ids=batch.to(device))
-            except _LastBlockReached:
-                pass
             if len(recorder.calls) != len(blocks) or recorder.entered is None:
                 raise ModelError(
                     f"{type(model).__name__} called {len(recorder.calls)} of its {len(blocks)} blocks: blocks that are "

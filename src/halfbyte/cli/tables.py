@@ -20,7 +20,9 @@ MOST_ROWS = 60  # a longer table is one line for each kind of module
 
 def table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
     """An empty table, the last `numbers` columns of it aligned for numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=None, header_style="dim", padding=(0, 1, 0, 0)
+    )
     for place, column in enumerate(columns):
         number = place >= len(columns) - numbers
         made.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
@@ -70,7 +72,7 @@ def plan_json(planned: Plan) -> dict[str, Any]:
 def report(done: Report) -> Group:
     """What every module came out as; one line for each kind where there are many."""
     if len(done.modules) <= MOST_ROWS:
-        rows = table("module", "format", "weight SNR", "output SNR", "tokens seen", "seconds", numbers=4)
+        rows = table("module", "format", "weight\nSNR", "output\nSNR", "tokens\nseen", "seconds", numbers=4)
         for module in done.modules:
             rows.add_row(
                 module.path,
@@ -81,7 +83,7 @@ def report(done: Report) -> Group:
                 f"{module.seconds:.2f}",
             )
     else:
-        rows = table("modules", "format", "worst weight SNR", "worst output SNR", "least tokens", "seconds", numbers=4)
+        rows = table("modules", "format", "weight\nSNR ≥", "output\nSNR ≥", "tokens\nseen ≥", "seconds", numbers=4)
         for group in grouped(done.modules, lambda module: module.format):
             weights = spread(module.weight_snr for module in group.members)
             outputs = spread(module.output_snr for module in group.members)
@@ -148,9 +150,7 @@ def recipes(known: dict[str, Recipe]) -> Group:
     rows = table("recipe", "weights", "steps", "data", "what it is")
     for name, recipe in known.items():
         steps = " → ".join(step.method for step in recipe.steps)
-        rows.add_row(
-            name, str(recipe.scheme.weights), steps, "calibration" if recipe.needs_data else "none", recipe.summary
-        )
+        rows.add_row(name, str(recipe.scheme.weights), steps, "yes" if recipe.needs_data else "no", recipe.summary)
     return Group(rows, "", Text("halfbyte recipes NAME shows one as YAML, to save and change", style="dim"))
 
 

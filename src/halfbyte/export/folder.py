@@ -44,7 +44,9 @@ class OutputFolder:
         if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
             raise OutputError(f"{output} exists already: choose another --output, or give --overwrite to replace it")
         if overwrite and output.exists() and not _replaceable(output):
-            raise OutputError(f"{output} is not a checkpoint (it has no config.json), so it is not deleted: move it away")
+            raise OutputError(
+                f"{output} is not a checkpoint (it has no config.json), so it is not deleted: move it away"
+            )
         if self.folder.exists() and not (resume or overwrite):
             raise OutputError(
                 f"{self.folder} holds an unfinished run: go on with --resume, or give --overwrite to start anew"

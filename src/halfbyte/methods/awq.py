@@ -43,7 +43,7 @@ class AWQ(Value):
     """Scale search on the Gram matrix."""
 
     method: Literal["awq"] = "awq"
-    points: int = Field(20, ge=1)
+    points: int = Field(default=20, ge=1)
     duo: bool = False
     ranges: Ranges = "minmax"  # how the grid is set while candidates are compared
 

@@ -69,10 +69,10 @@ class GPTQ(Value):
     """Column by column with error feedback."""
 
     method: Literal["gptq"] = "gptq"
-    damping: float = Field(0.01, gt=0)
+    damping: float = Field(default=0.01, gt=0)
     order: Literal["activation", "given"] = "activation"
     ranges: Ranges = "minmax"
-    drift: float = Field(0.0, ge=0, le=1)
+    drift: float = Field(default=0.0, ge=0, le=1)
 
     @property
     def needs_data(self) -> bool:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, ModelError
 from halfbyte.models.architecture import Architecture
-from halfbyte.models.linearize import TransposedLinear, linearize, unlinearized
 from halfbyte.models.heads import head_counts
+from halfbyte.models.linearize import TransposedLinear, linearize, unlinearized
 from halfbyte.models.names import disk_name, outer_disk_name
 from halfbyte.models.tables import architecture_of
 

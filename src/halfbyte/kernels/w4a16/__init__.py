@@ -77,7 +77,8 @@ def _on_cuda(
     from halfbyte.kernels.w4a16 import triton_gemv, triton_kernel
 
     kernel = triton_gemv if runs == "gemv" else triton_kernel
-    return kernel.wna16_matmul(x, packed, scales, zero_points, bits, group_size, bias)
+    with torch.cuda.device_of(x):  # triton launches on the current device, which need not be where x is
+        return kernel.wna16_matmul(x, packed, scales, zero_points, bits, group_size, bias)
 
 
 @_op.register_fake

@@ -8,11 +8,18 @@ torch has two kernels that read packed weights, each with a layout of its own, m
 
 The layouts depend on the instructions of the machine, so a prepared weight is for running and never for storing.
 
-`PAYS_UP_TO` says how long they pay. Measured on one core of an x86 server with AMX (4096 x 4096, group size 128, ms of
-processor time): in bfloat16 the 4-bit kernel takes 1.2 / 2.3 / 11 / 44 / 87 for 1 / 4 / 16 / 64 / 128 tokens, decoding
-and multiplying 57 / 61 / 73 / 89 / 89; the 8-bit kernel 1.9 / 2.9 / 13 / 56 / 109 against 34 / 43 / 44 / 52 / 58. In
-float32 and float16 both kernels are scalar loops: ahead for one token (4 bits: 43 against 56 ms, 8 bits: 17 against 29
-in float32), behind from two on.
+`PAYS_UP_TO` says how long they pay. Milliseconds of processor time, one core of an x86 server with AMX, 4096 x 4096,
+group size 128 with 4 bits and one scale per output with 8, bfloat16:
+
+    tokens                        1     4    16    64   128   512
+    4 bits, torch's kernel      1.2   2.3    11    44    87   299
+    4 bits, decode and matmul    57    61    73    89    89    82
+    8 bits, torch's kernel      1.9   2.9    13    56   109   365
+    8 bits, decode and matmul    34    43    44    52    58    58
+    a dense weight, for scale   5.1   3.6   4.8    10    17    31
+
+In float32 and float16 both kernels are scalar loops: ahead of decoding for one token (float32: 43 against 56 ms with 4
+bits, 17 against 29 with 8), level or behind with two.
 """
 
 from dataclasses import dataclass

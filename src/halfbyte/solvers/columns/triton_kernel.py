@@ -106,8 +106,8 @@ def round_segment(
     low: int,
     high: int,
     *,
-    block_rows: int = 32,
-    warps: int = 4,
+    block_rows: int = 8,
+    warps: int = 1,
 ) -> Segment:
     """As the reference, for float32 on CUDA. Any strides; fastest if columns are neighbours and rows 16-byte aligned.
 

@@ -1,0 +1,1 @@
+"""Fast maths on packed weights: each op a folder with a slow float64 reference next to what is fast."""
