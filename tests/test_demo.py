@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from halfbyte.demo import MODEL, demo, quick
+from halfbyte.demonstration import MODEL, demo, quick
 from halfbyte.errors import OutputError
 from halfbyte.recipe import Recipe
 from tiny_models import tiny

@@ -3,7 +3,7 @@
 The journey, and where each stage lives:
 
     model ──► calibration ──► transform ──► quantize ──► pack ──► checkpoint ──► run ──► evaluate
-    models/   calibration/    methods/      methods/     packing/ export/        runtime/ evaluation/
+    models/   calibration/    methods/      methods/     packing/ layouts/       runtime/ evaluation/
 
 `pipeline.py` walks it once; read that first. Names are imported when they are first used.
 """
@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.demo import demo
+    from halfbyte.demonstration import demo
     from halfbyte.evaluation.perplexity import evaluate
-    from halfbyte.export.convert import export
-    from halfbyte.export.inspect import inspect
+    from halfbyte.layouts.convert import export
+    from halfbyte.layouts.inspect import inspect
     from halfbyte.pipeline import dry_run, quantize
     from halfbyte.recipe import Recipe, recipes
     from halfbyte.runtime.generate import generate
@@ -26,12 +26,12 @@ __all__ = ["Recipe", "demo", "dry_run", "evaluate", "export", "generate", "inspe
 
 _HOMES = {
     "Recipe": "halfbyte.recipe",
-    "demo": "halfbyte.demo",
+    "demo": "halfbyte.demonstration",
     "dry_run": "halfbyte.pipeline",
     "evaluate": "halfbyte.evaluation.perplexity",
-    "export": "halfbyte.export.convert",
+    "export": "halfbyte.layouts.convert",
     "generate": "halfbyte.runtime.generate",
-    "inspect": "halfbyte.export.inspect",
+    "inspect": "halfbyte.layouts.inspect",
     "load": "halfbyte.runtime.load",
     "quantize": "halfbyte.pipeline",
     "recipes": "halfbyte.recipe",

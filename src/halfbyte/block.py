@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class BlockQuantizer:
     dtype: torch.dtype  # of the tensors that stay unquantized, as they are stored
     stream: Stream | None
     float_stream: Stream | None
+    structures: dict[tuple[type[nn.Module], tuple[str, ...]], list[SharedInput]] = field(default_factory=dict)
 
     def quantize(
         self, index: int, block: nn.Module, formats: Mapping[str, WeightFormat]
@@ -88,7 +89,7 @@ class BlockQuantizer:
         """Each shared input with its statistics: all gathered at once, or (`sequential`) when its turn comes."""
         assert self.stream is not None
         reference = (original, self.float_stream) if original and self.float_stream else None
-        inputs = shared_inputs(block, self.stream, index)
+        inputs = self._shared_inputs(index, block)
         seen = observe(block, self.stream, index, inputs, reference)
         check_finite(index, seen)
         for step in self.recipe.transforms:
@@ -103,6 +104,14 @@ class BlockQuantizer:
             yield shared, seen
             for name in shared:
                 seen.pop(name)
+
+    def _shared_inputs(self, index: int, block: nn.Module) -> list[SharedInput]:
+        """Found by running one batch, once for all blocks of the same class with the same linears."""
+        assert self.stream is not None
+        structure = type(block), tuple(linears(block))
+        if structure not in self.structures:
+            self.structures[structure] = shared_inputs(block, self.stream, index)
+        return self.structures[structure]
 
     def _links(self, block: nn.Module) -> list[ResolvedLink]:
         if self.skeleton.architecture is None:

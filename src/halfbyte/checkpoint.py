@@ -17,8 +17,8 @@ from halfbyte import __version__
 from halfbyte.calibration.data import Calibration
 from halfbyte.evaluation.card import card, own_card
 from halfbyte.evaluation.report import Report, completed, html
-from halfbyte.export import LAYOUTS
-from halfbyte.export.folder import OutputFolder, sha256
+from halfbyte.layouts import LAYOUTS
+from halfbyte.layouts.folder import OutputFolder, sha256
 from halfbyte.models.linearize import TransposedLinear
 from halfbyte.models.load import Skeleton, WeightFiles
 from halfbyte.numerics.quantized import QuantizedWeight

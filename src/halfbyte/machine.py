@@ -24,9 +24,13 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """`auto`: float32 on a CPU, elsewhere what the weights are stored in. HalfbyteError for a dtype of another name."""
+    """`auto`: what the weights are stored in where the device multiplies it in hardware, else float32.
+
+    On a CPU that is bfloat16 with AMX. HalfbyteError for a dtype of another name.
+    """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else stored
+        amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        return stored if device.type != "cpu" or (amx and stored == torch.bfloat16) else torch.float32
     names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in names:
         raise HalfbyteError(f"dtype {name!r} is not known: use auto, {', '.join(names)}")
@@ -62,7 +66,7 @@ def peak_memory_used(device: torch.device) -> tuple[int, int]:
 def measured_flops(device: torch.device, size: int = 1024) -> float:
     """Operations a second of float32 products on this device, now."""
     left = torch.randn(size, size, device=device)
-    left @ left
+    float((left @ left)[0, 0])  # the first product pays for loading libraries
     rounds, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.2:
         float((left @ left)[0, 0])

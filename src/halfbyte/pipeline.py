@@ -21,7 +21,7 @@ from halfbyte.calibration.walk import Stream, enter
 from halfbyte.checkpoint import block_tensors, fingerprint, finish, hash_source, restore_block, write_rest
 from halfbyte.errors import CalibrationError
 from halfbyte.evaluation.report import Report
-from halfbyte.export.folder import OutputFolder
+from halfbyte.layouts.folder import OutputFolder
 from halfbyte.machine import measured_flops, peak_memory_used, pick_device, pick_dtype, resident_memory, start_measuring
 from halfbyte.models.load import (
     Skeleton,
@@ -125,7 +125,7 @@ class Run:
         materialize_outer(self.skeleton, self.files, self.device, self.dtype)
         home = self.home(calibration)
         batches = calibration.batches(max(1, TOKENS_PER_PASS[self.device.type] // self.length))
-        stream = enter(self.skeleton.model, self.skeleton.blocks, batches, self.device, home)
+        stream = enter(self.skeleton.model, list(self.skeleton.blocks), batches, self.device, home)
         for _, module in outer_modules(self.skeleton):
             release(module, recurse=False)
         release(self.skeleton.blocks[0])
@@ -145,6 +145,11 @@ class Run:
         prefix = f"{self.skeleton.blocks_name}.{index}"
         materialize(self.skeleton, self.files, list(block.named_modules(prefix=prefix)), self.device, self.dtype)
         return block
+
+
+def dry_run(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any], **options: Any) -> Plan:
+    """What `quantize` would do with the same arguments: formats, bytes, peak memory and time. Writes nothing."""
+    return Run(model, recipe, **options).plan(with_time=True)
 
 
 @torch.no_grad()

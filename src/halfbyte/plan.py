@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.calibration.walk import linears
 from halfbyte.errors import FormatError, RecipeError, WeightError
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.models.linearize import TransposedLinear, is_router
 from halfbyte.models.load import Skeleton, WeightFiles
 from halfbyte.numerics.grid import scales_shape

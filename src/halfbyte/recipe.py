@@ -116,6 +116,11 @@ def shipped() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+def recipes() -> dict[str, str]:
+    """The shipped recipes: name -> what it is for."""
+    return {name: Recipe.load(name).summary for name in shipped()}
+
+
 def _shipped_text(name: str) -> str:
     return (resources.files("halfbyte") / "recipes" / f"{name}.yaml").read_text()
 

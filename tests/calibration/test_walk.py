@@ -142,6 +142,15 @@ def test_statistics_merge_in_any_order():
     assert torch.allclose(parts[0].absolute_sum, whole.absolute_sum)
 
 
+def test_a_wide_gram_matrix_is_the_whole_product():
+    x = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0))
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-6)):
+        statistics = InputStatistics.empty(1100)
+        statistics.absorb(x.to(dtype))
+        wide = x.to(dtype).double()
+        assert relative_error(statistics.gram, wide.T @ wide) < bound
+
+
 def test_statistics_of_no_tokens_change_nothing():
     statistics = InputStatistics.empty(6)
     statistics.absorb(torch.zeros(0, 6))

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from halfbyte.cli import app
 from halfbyte.cli.terminal import TimeLeft
-from halfbyte.export import inspect as inspection
+from halfbyte.layouts import inspect as inspection
 from tiny_models import tiny
 from tiny_tokenizer import prose, tiny_tokenizer
 

@@ -3,7 +3,7 @@ import torch
 
 from halfbyte.numerics.error import output_power, output_snr, weight_snr
 from halfbyte.numerics.grid import decode, encode, fit
-from halfbyte.numerics.ranges import MSE_NORM, find_grid, output_error
+from halfbyte.numerics.ranges import MSE_NORM, deviation, find_grid, output_error
 from halfbyte.scheme import Convention, FloatScale, PerChannel, PerGroup, WeightFormat
 
 
@@ -62,8 +62,8 @@ def test_the_error_from_the_gram_matrix_is_the_error_over_the_tokens(granularity
     expected = (
         torch.einsum("ogk,tgk->otg", delta.unflatten(1, (-1, size)), inputs.unflatten(1, (-1, size))).square().sum(1)
     )
-    found = output_error(inputs.T @ inputs, format_of(Convention.GPTQ, granularity))(delta)
-    assert torch.allclose(found, expected, rtol=1e-10)
+    found = output_error(inputs.T @ inputs, format_of(Convention.GPTQ, granularity))(delta.view(-1, size))
+    assert torch.allclose(found.view(expected.shape), expected, rtol=1e-10)
 
 
 def test_output_snr_counts_what_the_layer_loses_over_the_tokens():
@@ -79,6 +79,16 @@ def test_an_unchanged_weight_has_infinite_snr():
     weight, _ = problem()
     assert weight_snr(weight, weight) == float("inf")
     assert weight_snr(weight, weight * 0.9) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("convention", Convention)
+def test_the_search_judges_what_encoding_and_decoding_will_give(convention):
+    weight, _ = problem()
+    format = format_of(convention)
+    grid = fit(weight, format)
+    zeros = None if grid.zero_points is None else grid.zero_points.flatten()
+    found = deviation(weight.reshape(-1, 16), grid.scales.flatten(), zeros, format)
+    assert torch.equal(found.view(weight.shape), rounded(weight, grid, format) - weight)
 
 
 def test_the_output_policy_without_a_gram_matrix_is_refused():

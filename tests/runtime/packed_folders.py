@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.models.linearize import TransposedLinear
 from halfbyte.models.load import WeightFiles, skeleton
 from halfbyte.numerics.grid import fit

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import CheckpointError, WeightError
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.runtime import linear as linear_room
 from halfbyte.runtime.linear import QuantizedLinear
 from halfbyte.scheme import Convention, FloatScale, Granularity, PerChannel, PerGroup, PerTensor, WeightFormat

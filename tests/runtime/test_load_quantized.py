@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.runtime.linear import QuantizedLinear
 from halfbyte.runtime.load import load, load_model, load_tokenizer
 from halfbyte.scheme import Convention, FloatScale, PerChannel, PerGroup, PerTensor, WeightFormat

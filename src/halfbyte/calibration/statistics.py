@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from halfbyte.numerics.precision import exact_bfloat16_products
+
 
 @dataclass(slots=True)
 class InputStatistics:
@@ -45,15 +47,14 @@ class InputStatistics:
         """Add these tokens. Edits in place. `reference`: what the float model has for the same tokens."""
         if not len(inputs):
             return
-        self.gram += product(inputs, inputs)
+        add_gram(self.gram, inputs)
         if self.drift is not None and reference is not None:
             self.drift += product(reference - inputs, inputs)
-        magnitude = inputs.abs()
-        self.absolute_max = torch.maximum(self.absolute_max, magnitude.amax(dim=0).float())
-        self.absolute_sum += magnitude.sum(dim=0, dtype=torch.float32)
-        low, high = inputs.aminmax(dim=0)
-        self.minimum = torch.minimum(self.minimum, low.float())
-        self.maximum = torch.maximum(self.maximum, high.float())
+        low, high = inputs.amin(dim=0).float(), inputs.amax(dim=0).float()
+        self.absolute_max = torch.maximum(self.absolute_max, torch.maximum(-low, high))
+        self.absolute_sum += inputs.abs().sum(dim=0, dtype=torch.float32)
+        self.minimum = torch.minimum(self.minimum, low)
+        self.maximum = torch.maximum(self.maximum, high)
         self.tokens += len(inputs)
 
     def merge(self, other: "InputStatistics") -> None:
@@ -77,9 +78,27 @@ class InputStatistics:
             statistic /= scale
 
 
+GRAM_BLOCK = 512
+
+
+def add_gram(gram: Float[Tensor, "in in"], inputs: Float[Tensor, "tokens in"]) -> None:
+    """gram += XᵀX, in place. Of a wide matrix only the blocks on and above the diagonal are multiplied, then mirrored."""
+    width = inputs.shape[1]
+    if inputs.is_cuda or width < 2 * GRAM_BLOCK:
+        gram += product(inputs, inputs)
+        return
+    for start in range(0, width, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, width)
+        strip = product(inputs[:, start:stop], inputs[:, start:])
+        gram[start:stop, start:] += strip
+        gram[stop:, start:stop] += strip[:, stop - start :].T
+
+
 def product(left: Float[Tensor, "tokens a"], right: Float[Tensor, "tokens b"]) -> Float[Tensor, "a b"]:
     """leftᵀ·right, accumulated in float32 or better; the inputs' own dtype feeds the multipliers."""
-    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+    narrow = left.dtype in (torch.float16, torch.bfloat16)
+    if left.is_cuda and narrow:
         return torch.mm(left.T, right, out_dtype=torch.float32)
     dtype = torch.promote_types(left.dtype, torch.float32)
-    return left.to(dtype).T @ right.to(dtype)
+    with exact_bfloat16_products(left.dtype == torch.bfloat16):
+        return left.T.to(dtype).contiguous() @ right.to(dtype)

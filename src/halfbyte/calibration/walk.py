@@ -24,6 +24,10 @@ class _LastBlockReached(Exception):  # noqa: N818 - it ends a forward pass, noth
     """What comes after the blocks is not needed."""
 
 
+class _NothingMoreToSee(Exception):  # noqa: N818 - likewise
+    """What a block does after its last linear was called is not needed."""
+
+
 @dataclass(slots=True)
 class Stream:
     """The calibration set on its way through the model: one tensor [samples, length, hidden] per batch."""
@@ -190,6 +194,7 @@ def observe(
     """
     modules = linears(block)
     leaders = {names[0]: modules[names[0]] for names in shared}
+    last = shared[-1][0]  # called last: what the block does after it need not be computed
     float_inputs: dict[str, Tensor] = {}
     seen: dict[str, InputStatistics] = {}
 
@@ -200,6 +205,8 @@ def observe(
         if len(flat) != tokens:
             seen[name].drift = None
         seen[name].absorb(flat, float_inputs.get(name))
+        if name == last:
+            raise _NothingMoreToSee
 
     for batch, hidden in enumerate(stream.hidden):
         tokens = hidden.shape[0] * hidden.shape[1]
@@ -209,7 +216,7 @@ def observe(
             float_modules = linears(original)
             with watching({name: float_modules[name] for name in leaders}, collect(float_inputs)):
                 float_stream.run(original, index, batch)
-        with watching(leaders, notice):
+        with watching(leaders, notice), suppress(_NothingMoreToSee):
             stream.run(block, index, batch)
     return {name: seen[names[0]] for names in shared for name in names}
 

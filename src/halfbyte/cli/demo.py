@@ -24,7 +24,7 @@ def demo(
     """
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     from halfbyte.cli import tables
-    from halfbyte.demo import demo as run
+    from halfbyte.demonstration import demo as run
     from halfbyte.recipe import shipped
 
     hush_transformers()

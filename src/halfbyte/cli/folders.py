@@ -34,7 +34,7 @@ def inspect(
     """
     # PyTorch takes seconds to import, which the help must not wait for.
     from halfbyte.cli import tables
-    from halfbyte.export.inspect import inspect as run
+    from halfbyte.layouts.inspect import inspect as run
     from halfbyte.runtime.choice import kernels_here
 
     found = run(folder)
@@ -63,6 +63,6 @@ def export(
     halfbyte export model-w4 --format awq --output model-w4-awq
     """
     # PyTorch takes seconds to import, which the help must not wait for.
-    from halfbyte.export.convert import export as run
+    from halfbyte.layouts.convert import export as run
 
     out.print(f"{run(folder, format.value, output, overwrite)} is ready", soft_wrap=True)

@@ -6,12 +6,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from halfbyte.demo import DemoResult
+from halfbyte.demonstration import DemoResult
 from halfbyte.evaluation.perplexity import Evaluation
 from halfbyte.evaluation.report import Report
 from halfbyte.evaluation.summary import grouped, spread
 from halfbyte.evaluation.units import decibels, duration, size
-from halfbyte.export.inspect import Inspection
+from halfbyte.layouts.inspect import Inspection
 from halfbyte.plan import Plan
 from halfbyte.recipe import Recipe
 

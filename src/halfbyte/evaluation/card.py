@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from halfbyte.evaluation.report import HUB_NAME, Report, model_name, templates
 from halfbyte.evaluation.summary import grouped, spread
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.recipe import Recipe
 from halfbyte.scheme import WeightFormat
 

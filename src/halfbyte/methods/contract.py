@@ -21,7 +21,8 @@ from halfbyte.scheme import WeightFormat
 class Transform(Protocol):
     """Changes the weights of a block and not its function."""
 
-    method: str
+    @property
+    def method(self) -> str: ...
 
     def transform(
         self,
@@ -37,7 +38,8 @@ class Transform(Protocol):
 class Rounding(Protocol):
     """Puts a weight on its grid."""
 
-    method: str
+    @property
+    def method(self) -> str: ...
 
     @property
     def needs_data(self) -> bool:

@@ -264,7 +264,7 @@ def _stored(
     stored = files.read(skeleton.stored_name(f"{path}.{key}" if path else key, files))
     if isinstance(module, TransposedLinear) and key == "weight":
         stored = stored.T
-    expected = tuple((module._parameters.get(key) if key in module._parameters else module._buffers[key]).shape)
+    expected = tuple(getattr(module, key).shape)
     if tuple(stored.shape) != expected:
         raise CheckpointError(
             f"{path}.{key} is {tuple(stored.shape)} in {files.folder} and {expected} by its config.json: the two do not "

@@ -28,10 +28,13 @@ SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The reals that codes stand for: (code - zero_point) * scale. Zero points are None when all are zero."""
+    """The reals that codes stand for: (code - zero_point) * scale. Zero points are None when all are zero.
 
-    scales: Float[Tensor, "rows groups"]
-    zero_points: Float[Tensor, "rows groups"] | None = None
+    [rows, groups] for a matrix; a search also makes grids of its groups in a row.
+    """
+
+    scales: Float[Tensor, "*grid"]
+    zero_points: Float[Tensor, "*grid"] | None = None
 
 
 def scales_shape(out: int, columns: int, granularity: Granularity) -> tuple[int, int]:
@@ -58,7 +61,7 @@ def scales_shape(out: int, columns: int, granularity: Granularity) -> tuple[int,
 
 def to_groups(weight: Float[Tensor, "out in"], granularity: Granularity) -> Float[Tensor, "groups size"]:
     """The members of each group as one row. A view where the weight is contiguous."""
-    rows, groups = scales_shape(*weight.shape, granularity)
+    rows, groups = scales_shape(weight.shape[0], weight.shape[1], granularity)
     return weight.reshape(rows * groups, -1)
 
 
@@ -97,7 +100,7 @@ def grid_between(low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows gr
 
 def fit(weight: Float[Tensor, "out in"], format: WeightFormat) -> Grid:
     """The min-max grid of a weight. WeightError on NaN or Inf, or where the granularity does not divide it."""
-    shape = scales_shape(*weight.shape, format.granularity)
+    shape = scales_shape(weight.shape[0], weight.shape[1], format.granularity)
     groups = to_groups(weight, format.granularity)
     low, high = groups.aminmax(dim=1)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):

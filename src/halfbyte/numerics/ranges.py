@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from halfbyte.numerics.grid import Grid, decode, encode, fit, grid_between, scales_shape, to_groups
+from halfbyte.numerics.grid import Grid, fit, grid_between, to_groups
 from halfbyte.scheme import PerChannel, PerGroup, WeightFormat
 
 Ranges = Literal["minmax", "mse", "output"]
@@ -15,12 +15,11 @@ Ranges = Literal["minmax", "mse", "output"]
 of least error in the layer's outputs (AWQ's clip search, arXiv 2306.00978 and its code), from the Gram matrix."""
 
 MSE_NORM = 2.4
-SMALLEST_SHRINK = 0.2
-MSE_STEPS = 80
-SMALLEST_CLIP = 0.5
-CLIP_STEPS = 20
+SMALLEST_SHRINK, MSE_STEPS = 0.4, 40
+SMALLEST_CLIP, CLIP_STEPS = 0.5, 20
 
-GroupError = Callable[[Float[Tensor, "out in"]], Float[Tensor, "rows groups"]]
+GroupError = Callable[[Float[Tensor, "groups size"]], Float[Tensor, "groups"]]
+"""What each group's deviation costs. It may overwrite its argument."""
 
 
 def find_grid(
@@ -31,11 +30,6 @@ def find_grid(
         case "minmax":
             return fit(weight, format)
         case "mse":
-            shape = scales_shape(*weight.shape, format.granularity)
-
-            def element_error(delta: Float[Tensor, "out in"]) -> Float[Tensor, "rows groups"]:
-                return to_groups(delta.abs().pow_(MSE_NORM), format.granularity).sum(dim=1).view(shape)
-
             return search(weight, format, element_error, SMALLEST_SHRINK, MSE_STEPS)
         case "output":
             if gram is None:
@@ -47,22 +41,43 @@ def search(
     weight: Float[Tensor, "out in"], format: WeightFormat, error: GroupError, smallest: float, steps: int
 ) -> Grid:
     """The best grid per group among ranges clipped at 1, ..., `smallest` (left out) times the largest magnitude."""
-    best = fit(weight, format)
-    least = error(weight - decode(encode(weight, best, format), best))
-    low, high = to_groups(weight, format.granularity).aminmax(dim=1)
-    low, high = low.view(best.scales.shape), high.view(best.scales.shape)
+    best = fit(weight, format)  # refuses what is not finite
+    shape, members = best.scales.shape, to_groups(weight, format.granularity)
+    low, high = members.aminmax(dim=1)
     reach = torch.maximum(-low, high)
+    scales, zeros = best.scales.flatten(), None if best.zero_points is None else best.zero_points.flatten()
+    least = error(deviation(members, scales, zeros, format))
     for step in range(1, steps):
         clip = reach * (1 - (1 - smallest) * step / steps)
         grid = grid_between(torch.maximum(low, -clip), torch.minimum(high, clip), format)
-        now = error(weight - decode(encode(weight, grid, format), grid))
+        now = error(deviation(members, grid.scales, grid.zero_points, format))
         better = now < least
         least = torch.where(better, now, least)
-        zero_points = None
-        if grid.zero_points is not None and best.zero_points is not None:
-            zero_points = torch.where(better, grid.zero_points, best.zero_points)
-        best = Grid(torch.where(better, grid.scales, best.scales), zero_points)
-    return best
+        scales = torch.where(better, grid.scales, scales)
+        if zeros is not None and grid.zero_points is not None:
+            zeros = torch.where(better, grid.zero_points, zeros)
+    return Grid(scales.view(shape), None if zeros is None else zeros.view(shape))
+
+
+def deviation(
+    members: Float[Tensor, "groups size"],
+    scales: Float[Tensor, "groups"],
+    zero_points: Float[Tensor, "groups"] | None,
+    format: WeightFormat,
+) -> Float[Tensor, "groups size"]:
+    """Rounded minus original, as encoding and decoding would give it; in one buffer, since this is the search's cost."""
+    steps = members / scales[:, None]
+    if zero_points is not None:
+        steps.add_(zero_points[:, None])
+    steps.round_().clamp_(format.lowest, format.highest)
+    if zero_points is not None:
+        steps.sub_(zero_points[:, None])
+    return steps.mul_(scales[:, None]).sub_(members)
+
+
+def element_error(delta: Float[Tensor, "groups size"]) -> Float[Tensor, "groups"]:
+    """Σ|δ|^2.4 of each group."""
+    return delta.abs_().pow_(MSE_NORM).sum(dim=1)
 
 
 def output_error(gram: Float[Tensor, "in in"], format: WeightFormat) -> GroupError:
@@ -77,8 +92,8 @@ def output_error(gram: Float[Tensor, "in in"], format: WeightFormat) -> GroupErr
             raise ValueError(f"groups that span several rows ({other.kind}) have no block of the Gram matrix")
     blocks = torch.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
 
-    def error(delta: Float[Tensor, "out in"]) -> Float[Tensor, "out groups"]:
-        members = delta.unflatten(1, (groups, size)).transpose(0, 1)  # [groups, out, size]
-        return ((members @ blocks) * members).sum(dim=2).T
+    def error(delta: Float[Tensor, "all size"]) -> Float[Tensor, "all"]:
+        members = delta.unflatten(0, (-1, groups)).transpose(0, 1)  # [groups of a row, out, size]
+        return ((members @ blocks) * members).sum(dim=2).T.flatten()
 
     return error

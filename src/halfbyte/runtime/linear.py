@@ -1,6 +1,6 @@
 """QuantizedLinear: an nn.Linear whose weight stays packed while it runs.
 
-Its buffers are the tensors of a compressed-tensors checkpoint (export/compressed_tensors.py) with their names, shapes
+Its buffers are the tensors of a compressed-tensors checkpoint (layouts/compressed_tensors.py) with their names, shapes
 and types, so a file is read into them as it is. `prepare` chooses what runs, once for a device and a dtype of
 activations, and `kernel` says it:
 
@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, WeightError
-from halfbyte.export.compressed_tensors import CompressedTensors
-from halfbyte.export.layout import resolved, scale_dtype
 from halfbyte.kernels.w4a16 import GEMV_TOKENS, cpu, route, wna16_matmul
+from halfbyte.layouts.compressed_tensors import CompressedTensors
+from halfbyte.layouts.layout import resolved, scale_dtype
 from halfbyte.numerics.grid import scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import int32_words

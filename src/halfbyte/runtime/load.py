@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, FormatError, HalfbyteError
-from halfbyte.export import LAYOUTS, layout_of
-from halfbyte.export.layout import Layout
+from halfbyte.layouts import LAYOUTS, layout_of
+from halfbyte.layouts.layout import Layout
 from halfbyte.machine import pick_device
 from halfbyte.models.load import (
     Skeleton,
@@ -189,7 +189,7 @@ def _finished(model: Any, folder: Path) -> Any:
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> None:
     raise FormatError(
         "a model that runs packed weights is not saved from memory, where its modules have other names than in files: "
-        "copy its folder, or convert it with halfbyte.export"
+        "copy its folder, or convert it with halfbyte.layouts"
     )
 
 

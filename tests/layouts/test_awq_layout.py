@@ -6,7 +6,7 @@ from export_samples import ASYMMETRIC, INT4, same, sample
 from transformers import AwqConfig
 
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.scheme import Convention, FloatScale, PerChannel, PerGroup, WeightFormat
 
 AWQ = LAYOUTS["awq"]

@@ -13,7 +13,7 @@ from export_samples import ASYMMETRIC, INT4, INT8, checkpoint, linears, same, sa
 from safetensors.torch import load_file
 
 from halfbyte.errors import CheckpointError
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.numerics.grid import SCALE_DTYPES
 from halfbyte.scheme import Convention, FloatScale, PerChannel, PerGroup, PerTensor, WeightFormat
 from tiny_models import tiny, tokens

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.numerics.grid import Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.scheme import Convention, FloatScale, PerGroup, WeightFormat

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, FormatError, OutputError
-from halfbyte.export import LAYOUTS, layout_of
-from halfbyte.export.folder import OutputFolder, sha256
-from halfbyte.export.layout import Layout, require, resolved
-from halfbyte.export.shards import CONFIG, INDEX, SIDECAR, Shards, model_config, model_dtype, quantization_config
+from halfbyte.layouts import LAYOUTS, layout_of
+from halfbyte.layouts.folder import OutputFolder, sha256
+from halfbyte.layouts.layout import Layout, require, resolved
+from halfbyte.layouts.shards import CONFIG, INDEX, SIDECAR, Shards, model_config, model_dtype, quantization_config
 from halfbyte.scheme import FloatScale, WeightFormat
 
 SHOWN = 3  # of many problems

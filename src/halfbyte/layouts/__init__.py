@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.errors import CheckpointError
-from halfbyte.export.awq import Awq
-from halfbyte.export.compressed_tensors import CompressedTensors
-from halfbyte.export.gptq import Gptq
-from halfbyte.export.layout import Layout
+from halfbyte.layouts.awq import Awq
+from halfbyte.layouts.compressed_tensors import CompressedTensors
+from halfbyte.layouts.gptq import Gptq
+from halfbyte.layouts.layout import Layout
 
 LAYOUTS: dict[str, Layout] = {
     "compressed-tensors": CompressedTensors(),

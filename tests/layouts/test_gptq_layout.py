@@ -7,7 +7,7 @@ import torch
 from export_samples import ASYMMETRIC, INT4, INT8, same, sample
 
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.export import LAYOUTS
+from halfbyte.layouts import LAYOUTS
 from halfbyte.numerics.grid import Grid
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.scheme import Convention, FloatScale, PerChannel, PerGroup, WeightFormat

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
-from halfbyte.export.layout import (
+from halfbyte.layouts.layout import (
     check_stored,
     common_refusal,
     exact_scales,
@@ -29,7 +29,7 @@ from halfbyte.export.layout import (
     unsigned_codes,
     whole_zero_points,
 )
-from halfbyte.export.targets import family, patterns
+from halfbyte.layouts.targets import family, patterns
 from halfbyte.numerics.grid import SCALE_DTYPES, Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import gptq_words

@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.export.targets import patterns
+from halfbyte.layouts.targets import patterns
 
 BLOCKS = [f"model.layers.{block}.mlp.{name}" for block in range(12) for name in ("gate_proj", "up_proj", "down_proj")]
 EXPERTS = [f"model.layers.{block}.mlp.experts.{expert}.up_proj" for block in range(3) for expert in range(4)]

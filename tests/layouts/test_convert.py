@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from halfbyte.errors import CheckpointError, FormatError, OutputError
-from halfbyte.export import LAYOUTS
-from halfbyte.export.convert import export
-from halfbyte.export.inspect import inspect
+from halfbyte.layouts import LAYOUTS
+from halfbyte.layouts.convert import export
+from halfbyte.layouts.inspect import inspect
 from tiny_models import tiny
 
 NAMES = list(linears(tiny("llama", hidden_size=64, intermediate_size=128)))

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.export import LAYOUTS, layout_of
-from halfbyte.export.layout import Layout
+from halfbyte.layouts import LAYOUTS, layout_of
+from halfbyte.layouts.layout import Layout
 from halfbyte.numerics.grid import Grid
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.scheme import (

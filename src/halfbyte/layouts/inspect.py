@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.export import layout_of
-from halfbyte.export.folder import sha256
-from halfbyte.export.layout import Layout
-from halfbyte.export.shards import SIDECAR, Shards, model_config, quantization_config
-from halfbyte.export.targets import family
+from halfbyte.layouts import layout_of
+from halfbyte.layouts.folder import sha256
+from halfbyte.layouts.layout import Layout
+from halfbyte.layouts.shards import SIDECAR, Shards, model_config, quantization_config
+from halfbyte.layouts.targets import family
 from halfbyte.scheme import WeightFormat
 
 

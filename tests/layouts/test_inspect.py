@@ -9,7 +9,7 @@ from export_samples import ASYMMETRIC, INT4, INT8, checkpoint, linears
 from safetensors.torch import load_file, save_file
 
 from halfbyte.errors import CheckpointError
-from halfbyte.export.inspect import inspect
+from halfbyte.layouts.inspect import inspect
 from halfbyte.scheme import PerChannel
 from tiny_models import tiny
 

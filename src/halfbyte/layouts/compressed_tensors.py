@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
-from halfbyte.export.layout import (
+from halfbyte.layouts.layout import (
     Stored,
     check_stored,
     common_refusal,
@@ -37,7 +37,7 @@ from halfbyte.export.layout import (
     unsigned_codes,
     whole_zero_points,
 )
-from halfbyte.export.targets import patterns
+from halfbyte.layouts.targets import patterns
 from halfbyte.numerics.grid import Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import int32_words

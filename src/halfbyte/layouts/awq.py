@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, FormatError
-from halfbyte.export.layout import (
+from halfbyte.layouts.layout import (
     check_stored,
     common_refusal,
     exact_scales,
@@ -27,7 +27,7 @@ from halfbyte.export.layout import (
     unsigned_codes,
     whole_zero_points,
 )
-from halfbyte.export.targets import family
+from halfbyte.layouts.targets import family
 from halfbyte.numerics.grid import SCALE_DTYPES, Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import awq_words
