@@ -59,9 +59,10 @@ def table(rows: list[dict[str, Any]], models: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", type=Path, default=[])
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--render", type=Path, help="measure nothing, take the rows of this earlier --json")
     parser.add_argument("--recipes", nargs="+", default=shipped())
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -70,6 +71,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--readme", type=Path, help="replace the table between the markers of this file")
     options = parser.parse_args()
+    if options.render:
+        rows = json.loads(options.render.read_text())["rows"]
+        write_readme(table(rows, list(dict.fromkeys(row["model"] for row in rows))), options.readme)
+        return
     rows = []
     for model in options.models:
         original = load(model, device=options.evaluate_on, dtype=torch.float32)
@@ -85,11 +90,16 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
     rendered = table(rows, [model.name for model in options.models])
+    write_readme(rendered, options.readme)
+
+
+def write_readme(rendered: str, readme: Path | None) -> None:
+    """Print the table, and put it between the markers of a file."""
     print(rendered)
-    if options.readme:
-        text = options.readme.read_text()
+    if readme:
+        text = readme.read_text()
         before, rest = text.split(BEGIN)
-        options.readme.write_text(before + BEGIN + "\n" + rendered + "\n" + END + rest.split(END)[1])
+        readme.write_text(before + BEGIN + "\n" + rendered + "\n" + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from closeness import relative_error
+from halfbyte.demo_text import documentation_split
+from halfbyte.demonstration import MODEL
 from halfbyte.errors import (
     CalibrationError,
     CheckpointError,
@@ -134,6 +136,26 @@ def test_killing_it_at_random_moments_changes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
     run(source, tmp_path / "out", recipe({"method": "gptq", "ranges": "mse"}), resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+MEMORY = """
+import sys
+from halfbyte.pipeline import Run, quantize
+options = dict(calibration=sys.argv[2], samples=12, length=512, device="cpu")
+plan = Run(sys.argv[1], sys.argv[4], **options).plan()
+report = quantize(sys.argv[1], sys.argv[4], sys.argv[3], **options)
+print(plan.peak_host, report.peak_host)
+"""
+
+
+@pytest.mark.parametrize("name", ["rtn-w4a16", "gptaq-w4a16"])
+def test_the_dry_run_foresees_the_peak_of_memory_within_a_quarter(name, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(documentation_split()[0])
+    command = [sys.executable, "-c", MEMORY, str(MODEL), str(text), str(tmp_path / "out"), name]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    foreseen, measured = map(int, printed.split()[-2:])
+    assert 0.75 < foreseen / measured < 1.25, (foreseen, measured)
 
 
 def test_an_output_in_the_way_is_kept(tmp_path):

@@ -65,7 +65,6 @@ class Run:
     ) -> None:
         self.recipe = Recipe.load(recipe)
         self.device = pick_device(device)
-        self.base_memory = resident_memory()
         folder = locate(model)
         self.files = WeightFiles(folder)
         self.skeleton: Skeleton = skeleton(folder, trust_remote_code=trust_remote_code, refuse_quantized=True)
@@ -74,6 +73,8 @@ class Run:
         self.dtype = pick_dtype(dtype, self.device, self.stored_dtype)
         self.observed = self.recipe.needs_data or calibration is not None
         self.source, self.samples, self.length, self.seed = calibration, samples, length, seed
+        self.files.close()
+        self.base_memory = resident_memory()
 
     def plan(self, *, with_time: bool = False) -> Plan:
         """What the run would do. `with_time` measures this machine for a fraction of a second."""
@@ -82,12 +83,13 @@ class Run:
         work = Workload(
             samples=self.samples,
             length=self.length,
-            batch=max(1, TOKENS_PER_PASS[self.device.type] // self.length),
+            batch=min(self.samples, max(1, TOKENS_PER_PASS[self.device.type] // self.length)),
             hidden=hidden,
             itemsize=self.dtype.itemsize,
             streams=int(self.observed) * (2 if self.recipe.rounding.needs_drift else 1),
             on_host=self.device.type == "cpu",
             base=self.base_memory,
+            outer=sum(self.files.nbytes(name) for name in self.files) - sum(module.bytes_before for module in self.modules),
         )
         before = sum(self.files.nbytes(name) for name in self.files)
         after = before + sum(module.bytes_after - module.bytes_before for module in self.modules)
@@ -144,6 +146,7 @@ class Run:
         block = self.skeleton.blocks[index]
         prefix = f"{self.skeleton.blocks_name}.{index}"
         materialize(self.skeleton, self.files, list(block.named_modules(prefix=prefix)), self.device, self.dtype)
+        self.files.close()
         return block
 
 

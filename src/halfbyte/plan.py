@@ -126,7 +126,8 @@ class Workload:
     itemsize: int  # bytes of an activation
     streams: int  # 0 without data, 1, or 2 where the float model runs beside
     on_host: bool
-    base: int  # bytes that the process held before it began
+    base: int  # bytes that the process holds once the model's skeleton is built
+    outer: int  # bytes of the tensors outside the blocks, which are written last
 
 
 def peak_memory(skeleton: Skeleton, plan: tuple[ModulePlan, ...], work: Workload) -> tuple[int, int]:
@@ -141,14 +142,18 @@ def peak_memory(skeleton: Skeleton, plan: tuple[ModulePlan, ...], work: Workload
     weights = elements * work.itemsize
     streams = work.streams * work.samples * work.length * work.hidden * work.itemsize
     inputs = {(module.path.rpartition(".")[0], module.shape[1]) for module in next(iter(blocks.values()))}
-    grams = sum(4 * width * width for _, width in inputs) * max(work.streams, 0)
-    activations = work.batch * work.length * max(max(m.shape) for m in plan) * work.itemsize * 4 if work.streams else 0
+    grams = sum(4 * width * width for _, width in inputs) * work.streams
+    # one pass: the widest tensors of the feed-forward part (on a CPU also as float32, for the Gram matrix), norms
+    inner = max(max(module.shape) for module in plan)
+    per_token = inner * (5 * work.itemsize + 8 * work.on_host) + work.hidden * (4 * work.itemsize + 8)
+    activations = work.batch * work.length * per_token if work.streams else 0
     solver = 4 * (8 * largest + (5 * widest * widest if work.streams else 0))
+    written = 2 * max(sum(module.bytes_after for module in block) for block in blocks.values())
+    if work.on_host:  # the allocator keeps what a phase frees, so the phases add up
+        compute = weights * max(work.streams, 1) + streams + grams + activations + solver
+        return work.base + compute + written + work.outer, 0
     compute = weights * max(work.streams, 1) + streams + grams + max(activations, solver)
-    written = sum(m.bytes_after for m in max(blocks.values(), key=lambda b: sum(m.bytes_after for m in b))) * 2
-    if work.on_host:
-        return work.base + compute + written, 0
-    return work.base + written + weights, compute
+    return work.base + written + weights + work.outer, compute
 
 
 def estimate_seconds(plan: tuple[ModulePlan, ...], work: Workload, flops: float, recipe: Recipe) -> float:

@@ -82,23 +82,26 @@ GRAM_BLOCK = 512
 
 
 def add_gram(gram: Float[Tensor, "in in"], inputs: Float[Tensor, "tokens in"]) -> None:
-    """gram += XᵀX, in place. Of a wide matrix only the blocks on and above the diagonal are multiplied, then mirrored."""
-    width = inputs.shape[1]
-    if inputs.is_cuda or width < 2 * GRAM_BLOCK:
+    """gram += XᵀX, in place. On a CPU only the blocks on and above the diagonal are multiplied, then mirrored."""
+    if inputs.is_cuda:
         gram += product(inputs, inputs)
         return
-    for start in range(0, width, GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, width)
-        strip = product(inputs[:, start:stop], inputs[:, start:])
-        gram[start:stop, start:] += strip
-        gram[stop:, start:stop] += strip[:, stop - start :].T
+    width, wide = inputs.shape[1], widened(inputs)
+    with exact_bfloat16_products(inputs.dtype == torch.bfloat16):
+        for start in range(0, width, GRAM_BLOCK):
+            stop = min(start + GRAM_BLOCK, width)
+            strip = wide[:, start:stop].T @ wide[:, start:]
+            gram[start:stop, start:] += strip
+            gram[stop:, start:stop] += strip[:, stop - start :].T
 
 
 def product(left: Float[Tensor, "tokens a"], right: Float[Tensor, "tokens b"]) -> Float[Tensor, "a b"]:
     """leftᵀ·right, accumulated in float32 or better; the inputs' own dtype feeds the multipliers."""
-    narrow = left.dtype in (torch.float16, torch.bfloat16)
-    if left.is_cuda and narrow:
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    dtype = torch.promote_types(left.dtype, torch.float32)
     with exact_bfloat16_products(left.dtype == torch.bfloat16):
-        return left.T.to(dtype).contiguous() @ right.to(dtype)
+        return widened(left).T @ widened(right)
+
+
+def widened(inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens in"]:
+    return inputs.to(torch.promote_types(inputs.dtype, torch.float32))

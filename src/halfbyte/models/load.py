@@ -113,6 +113,10 @@ class WeightFiles:
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, STORED_DTYPES[self._handle(self.files[name]).get_slice(name).get_dtype()])
 
+    def close(self) -> None:
+        """Unmap the files, so that what was read no longer counts as this process's memory; reading opens them again."""
+        self._open.clear()
+
     def headers(self) -> dict[str, str]:
         """SHA-256 of each file's header (names, dtypes, shapes, places) and size, and of config.json: quick to compute."""
         found = {"config.json": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()}
@@ -270,7 +274,8 @@ def _stored(
             f"{path}.{key} is {tuple(stored.shape)} in {files.folder} and {expected} by its config.json: the two do not "
             "belong together"
         )
-    return stored.to(device, dtype if stored.is_floating_point() else None).contiguous()
+    # a copy: what was read is a view of the mapped file, and weights are edited in place
+    return stored.to(device, dtype if stored.is_floating_point() else None, copy=True).contiguous()
 
 
 def release(module: nn.Module, *, recurse: bool = True) -> None:

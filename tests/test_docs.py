@@ -1,0 +1,182 @@
+"""The documents say what is so: examples load, links lead somewhere, tables hold the measured numbers."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from halfbyte.cli import app
+from halfbyte.errors import RecipeError
+from halfbyte.recipe import Recipe, shipped
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS = [page for page in PAGES if page.parent.name == "docs"]
+COMMAND_LINE: Any = typer.main.get_command(app)
+
+MODELS = {"": "ref-llama-22m", "outliers: ": "ref-llama-22m-outliers"}
+QUALITY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bits/weight": lambda row: f"{row['bits_per_weight']:.2f}",
+    "perplexity": lambda row: f"{row['perplexity']:.2f}",
+    "KL": lambda row: f"{row['kl_mean']:.4f}",
+    "top-1": lambda row: f"{100 * row['top1_agreement']:.1f} %",
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def every_block(language: str) -> list[Any]:
+    return [
+        pytest.param(block, id=f"{page.name}-{number}")
+        for page in DOCS
+        for number, block in enumerate(blocks(page, language))
+    ]
+
+
+def tables(text: str) -> Iterator[list[dict[str, str]]]:
+    """Every table as rows of column name -> cell."""
+    for found in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()]
+        yield [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def measured(name: str) -> Any:
+    return json.loads((ROOT / "docs" / "measurements" / name).read_text())
+
+
+def wrong_quality_cells(text: str) -> list[str]:
+    """Cells that are not the figures of quality.json, in tables with a column `perplexity`."""
+    figures = {(row["model"], row["recipe"]): row for row in measured("quality.json")["rows"]}
+    wrong = []
+    for rows in tables(text):
+        for row in rows if rows and "perplexity" in rows[0] else []:
+            recipe = row["recipe"].strip("`")
+            for column, cell in row.items():
+                if column == "recipe":
+                    continue
+                prefix = "outliers: " if column.startswith("outliers: ") else ""
+                right = QUALITY[column.removeprefix(prefix)](figures[MODELS[prefix], recipe])
+                if cell != right:
+                    wrong.append(f"{recipe}, {column}: {cell} instead of {right}")
+    return wrong
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    return [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def unknown_commands(text: str) -> list[str]:
+    """`halfbyte` commands with words or options that the command line does not take."""
+    wrong = []
+    for line in text.splitlines():
+        program, *words = shlex.split(line)
+        if program != "halfbyte":
+            continue
+        command = COMMAND_LINE.commands.get(words[0])
+        known = {name for param in command.params for name in param.opts} if command else set()
+        if command is None or not {word for word in words if word.startswith("-")} <= known:
+            wrong.append(line)
+    return wrong
+
+
+@pytest.mark.parametrize(("block", "suffix"), [
+    *[pytest.param(*block.values, ".yaml", id=block.id) for block in every_block("yaml")],
+    *[pytest.param(*block.values, ".toml", id=block.id) for block in every_block("toml")],
+])  # fmt: skip
+def test_the_recipes_in_the_documents_load(block, suffix, tmp_path):
+    (tmp_path / f"recipe{suffix}").write_text(block)
+    recipe = Recipe.load(tmp_path / f"recipe{suffix}")
+    assert recipe.format_of("model.layers.1.self_attn.v_proj") is not None
+
+
+@pytest.mark.parametrize("block", every_block("python"))
+def test_the_python_in_the_documents_runs(block):
+    exec(compile(block, "the document", "exec"), {})
+
+
+def test_the_anatomy_shows_every_field_of_a_recipe():
+    (anatomy,) = blocks(ROOT / "docs" / "recipes.md", "yaml")
+    assert all(re.search(rf"^{field}:", anatomy, re.MULTILINE) for field in Recipe.model_fields)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_named_and_measured(name):
+    assert f"`{name}`" in (ROOT / "docs" / "recipes.md").read_text()
+    assert {row["model"] for row in measured("quality.json")["rows"] if row["recipe"] == name} == set(MODELS.values())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page):
+    assert not dead_links(page, page.read_text())
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_every_command_is_one_that_the_program_takes(page):
+    assert not [wrong for block in blocks(page, "console") for wrong in unknown_commands(block)]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_every_benchmark_that_is_named_is_there(page):
+    named = re.findall(r"\bbenchmarks/\w+\.py", page.read_text())
+    assert all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("page", ["rtn.md", "gptq.md", "awq.md", "evaluation.md"])
+def test_the_tables_of_recipes_hold_the_measured_figures(page):
+    text = (ROOT / "docs" / page).read_text()
+    assert any(rows and "perplexity" in rows[0] for rows in tables(text))
+    assert not wrong_quality_cells(text)
+
+
+def test_the_table_of_the_kernel_holds_the_measured_times():
+    (found,) = [rows for rows in tables((ROOT / "docs" / "speed.md").read_text()) if "speed-up" in rows[0]]
+    rows = measured("w4a16_h200.json")["rows"]
+    assert [list(row.values()) for row in found] == [
+        [
+            f"{row['outs']} × {row['ins']}",
+            str(row["tokens"]),
+            f"{row['cublas']:.1f}",
+            f"{row[row['route']]:.1f} ({row['route']})",
+            f"{row['speedup']:.2f}",
+            f"{row['bound']:.1f}",
+        ]
+        for row in rows
+    ]
+
+
+def test_the_tables_of_runs_hold_the_measured_times():
+    text = (ROOT / "docs" / "speed.md").read_text()
+    (phases,) = [{row.pop("seconds"): row for row in rows} for rows in tables(text) if "`gptq-w4a16`" in rows[0]]
+    for run in measured("llama2_7b_h200.json"):
+        told = {name: float(row[f"`{run['recipe']}`"]) for name, row in phases.items()}
+        assert told["**whole run**"] == run["seconds"]
+        assert told["peak memory on the GPU, GB"] == run["peak_device_gb"]
+        assert told["peak memory on the host, GB"] == run["peak_host_gb"]
+        assert all(told.get(phase, 0.0) == seconds for phase, seconds in run["phases"].items())
+    (beside,) = [{row["run"]: float(row["seconds"]) for row in rows} for rows in tables(text) if "run" in rows[0]]
+    rows = {row["name"]: row["seconds"] for row in measured("one_block_h200.json")["rows"] if row["name"] != "warm-up"}
+    assert beside == rows
+
+
+@pytest.mark.parametrize(
+    "page", [*DOCS, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
+def test_a_page_is_short(page):
+    assert len(page.read_text().splitlines()) <= 100
+
+
+def test_the_gates_notice_a_wrong_number_link_command_and_recipe():
+    right = (ROOT / "docs" / "gptq.md").read_text()
+    assert wrong_quality_cells(right.replace("0.0484", "0.0384"))
+    assert dead_links(ROOT / "docs" / "x.md", "see [this](nowhere.md) and [that](../README.md)") == ["nowhere.md"]
+    assert len(unknown_commands("halfbyte quantise x\nhalfbyte quantize x -r y --sample 1\nhalfbyte recipes")) == 2
+    with pytest.raises(RecipeError):
+        Recipe.load({"steps": [{"method": "gptq", "range": "mse"}]})
