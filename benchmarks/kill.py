@@ -1,6 +1,6 @@
 """Kill a run again and again at random moments, let it go on each time, and compare the bytes with an undisturbed run.
 
-    python benchmarks/kill.py --model ref-llama-22m --calibration calib.txt --kills 20 --json docs/measurements/kill.json
+python benchmarks/kill.py --model ref-llama-22m --calibration calib.txt --kills 20 --json docs/measurements/kill.json
 """
 
 import argparse

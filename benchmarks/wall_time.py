@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Run(options.model, options.recipe, calibration=options.calibration)  # imports, which the peer's figure leaves out too
+        Run(
+            options.model, options.recipe, calibration=options.calibration
+        )  # imports, which the peer's figure leaves out too
         start = time.perf_counter()
         report = quantize(
             options.model, options.recipe, Path(folder) / "ours", calibration=options.calibration, samples=128, length=512,

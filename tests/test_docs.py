@@ -12,6 +12,7 @@ import typer
 
 from halfbyte.cli import app
 from halfbyte.errors import RecipeError
+from halfbyte.numerics import ranges
 from halfbyte.recipe import Recipe, shipped
 
 ROOT = Path(__file__).parent.parent
@@ -134,6 +135,19 @@ def test_the_tables_of_recipes_hold_the_measured_figures(page):
     text = (ROOT / "docs" / page).read_text()
     assert any(rows and "perplexity" in rows[0] for rows in tables(text))
     assert not wrong_quality_cells(text)
+
+
+@pytest.mark.parametrize("page", ["rtn.md", "gptq.md", "awq.md", "evaluation.md"])
+def test_figures_in_sentences_are_measured_ones(page):
+    told = set(re.findall(r"(?<![\d.])(?:0\.\d{4}|\d\d\.\d\d)(?![\d.])", (ROOT / "docs" / page).read_text()))
+    rows = measured("quality.json")["rows"]
+    assert told <= {QUALITY[figure](row) for figure in ("perplexity", "KL", "bits/weight") for row in rows}
+
+
+def test_the_range_searches_are_as_the_page_says():
+    text = (ROOT / "docs" / "rtn.md").read_text()
+    assert f"of {ranges.MSE_STEPS} ranges, from the whole one down towards {ranges.SMALLEST_SHRINK} of it" in text
+    assert f"of {ranges.CLIP_STEPS} ranges down towards {ranges.SMALLEST_CLIP}" in text
 
 
 def test_the_table_of_the_kernel_holds_the_measured_times():

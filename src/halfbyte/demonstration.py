@@ -62,14 +62,14 @@ def demo(
     device: str = "auto",
     progress: Progress = silent,
 ) -> DemoResult:
-    """Quantize `model` by each of `recipes` (None: `quick`), measure each result, and write it all to `output`.
+    """Quantize `model` by each of `recipes` (None: every shipped one), measure each result, and write it all to `output`.
 
     Calibration and evaluation text are two halves of this Python's own documentation, split by topic; nothing is
     downloaded. An earlier demo in `output` is replaced; OutputError where something else is there.
     """
     start = time.perf_counter()
     folder = _own_folder(Path(output).expanduser())
-    chosen = [Recipe.load(recipe) for recipe in (quick() if recipes is None else recipes)]
+    chosen = [Recipe.load(recipe) for recipe in (shipped() if recipes is None else recipes)]
     training, held_out = documentation_split()
     training, held_out = _written(folder / "calibration.txt", training), _written(folder / "held-out.txt", held_out)
     total = 2 * len(chosen) + 1
@@ -100,11 +100,6 @@ def demo(
     _written(folder / RESULT, json.dumps(result.to_json(), indent=2) + "\n")
     _written(folder / "report.html", html(result))
     return result
-
-
-def quick() -> list[str]:
-    """The shipped recipes that take seconds on the demo's model: not those that go through a block layer by layer."""
-    return [name for name in shipped() if not Recipe.load(name).sequential]
 
 
 def html(result: DemoResult) -> str:

@@ -89,7 +89,8 @@ class Run:
             streams=int(self.observed) * (2 if self.recipe.rounding.needs_drift else 1),
             on_host=self.device.type == "cpu",
             base=self.base_memory,
-            outer=sum(self.files.nbytes(name) for name in self.files) - sum(module.bytes_before for module in self.modules),
+            outer=sum(self.files.nbytes(name) for name in self.files)
+            - sum(module.bytes_before for module in self.modules),
         )
         before = sum(self.files.nbytes(name) for name in self.files)
         after = before + sum(module.bytes_after - module.bytes_before for module in self.modules)
@@ -175,8 +176,8 @@ def quantize(
     """Quantize a Hugging Face model (folder or hub name) by a recipe into a new folder, and say what it cost.
 
     `calibration`: a text file, a data set's name, "random" or "self"; recipes that need no data do without. `samples`
-    of `length` tokens. `dtype` is what calibration passes are computed in: float32 on a CPU and the model's own on a GPU
-    unless given. Raises the errors of halfbyte.errors; what was finished before stays and `resume` goes on.
+    of `length` tokens. `dtype` is what calibration passes are computed in: the model's own where the device
+    multiplies it fast (GPUs; bfloat16 on a CPU with AMX), float32 elsewhere. Raises the errors of halfbyte.errors; what was finished before stays and `resume` goes on.
     """
     start = time.perf_counter()
     start_measuring()

@@ -200,6 +200,39 @@ def test_the_card_loads_the_model_by_its_kind():
     assert front_matter(own)["library_name"] == "halfbyte"
 
 
+EXPERTS = tuple(f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(3))
+ASYMMETRIC = {"weights": {"bits": 4, "convention": "asymmetric", "granularity": {"kind": "group", "size": 128}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "unquantized", "readers"),
+    [
+        ({}, (), {"transformers", "vllm"}),
+        ({"overrides": {"*self_attn*": {"bits": 8}}}, (), {"transformers", "vllm"}),
+        ({}, ("model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert.up_proj"), {"transformers", "vllm"}),
+        ({"scheme": ASYMMETRIC}, (), {"vllm"}),
+        ({"overrides": {"*layers.1.*": {"bits": 8}}}, (), {"vllm"}),
+        ({}, EXPERTS, {"vllm"}),
+        ({"overrides": {"*experts.1.*": {"bits": 8}}}, (), set()),
+        ({}, EXPERTS[1:2], set()),
+    ],
+    ids=[
+        "alike", "attention-differs", "router-left-out", "zero-points", "one-block-differs", "one-block-left-out",
+        "one-expert-differs", "one-expert-left-out",
+    ],
+)  # fmt: skip
+def test_the_card_names_no_program_that_would_misread_the_experts(changes, unquantized, readers):
+    recipe = Recipe.load(RECIPE.model_dump(mode="json") | changes).model_dump(mode="json")
+    modules = tuple(module for module in sample_report().modules if module.path not in unquantized)
+    text = card(sample_report(recipe=recipe, unquantized=unquantized, modules=modules), CONFIG)
+    assert {
+        name for name, words in {"transformers": "AutoModelFor", "vllm": "vllm serve"}.items() if words in text
+    } == (readers)
+    assert ("transformers fuses" in text) == ("transformers" not in readers)
+    assert "halfbyte.load" in text
+    assert front_matter(text)["library_name"] == ("transformers" if "transformers" in readers else "halfbyte")
+
+
 def test_the_python_in_a_card_is_python():
     for config in (CONFIG, {"architectures": ["BertForMaskedLM"], "auto_map": {}}):
         for code in re.findall(r"```python\n(.*?)```", card(sample_report(), config), re.DOTALL):

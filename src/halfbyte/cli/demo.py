@@ -12,7 +12,6 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the models and the report go.")
     ] = Path("halfbyte-demo"),
-    every: Annotated[bool, typer.Option("--all", help="Also the recipes that take minutes.")] = False,
     json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Quantize the small model that comes with halfbyte by recipe after recipe, and compare them.
@@ -25,11 +24,10 @@ def demo(
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     from halfbyte.cli import tables
     from halfbyte.demonstration import demo as run
-    from halfbyte.recipe import shipped
 
     hush_transformers()
     with progress() as step:
-        shown = run(output, recipes=shipped() if every else None, progress=step)
+        shown = run(output, progress=step)
     if json:
         write_json(shown.to_json(), Path("-"))
     else:

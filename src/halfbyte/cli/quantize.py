@@ -17,6 +17,15 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class DType(StrEnum):
+    """What calibration passes are computed in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 def quantize(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the Hugging Face hub.")
@@ -37,6 +46,10 @@ def quantize(
     length: Annotated[int, typer.Option(min=2, help="Tokens in each of them.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the samples.")] = 0,
     device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.AUTO,
+    dtype: Annotated[
+        DType,
+        typer.Option(help="Of the calibration passes; auto is the model's own where the device multiplies it fast."),
+    ] = DType.AUTO,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes in memory, disk and time.")
     ] = False,
@@ -73,7 +86,7 @@ def quantize(
     if dry_run:
         plan = Run(
             model, recipe, calibration=calibration, samples=samples, length=length, seed=seed, device=device.value,
-            trust_remote_code=trust_remote_code,
+            dtype=dtype.value, trust_remote_code=trust_remote_code,
         ).plan(with_time=True)  # fmt: skip
         if json is not None:
             write_json(tables.plan_json(plan), json)
@@ -86,7 +99,7 @@ def quantize(
         with progress() as step:
             report = run(
                 model, recipe, output, calibration=calibration, samples=samples, length=length, seed=seed,
-                device=device.value, resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code,
+                device=device.value, dtype=dtype.value, resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code,
                 progress=step,
             )  # fmt: skip
     except KeyboardInterrupt:

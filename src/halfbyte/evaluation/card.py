@@ -17,6 +17,8 @@ from halfbyte.layouts import LAYOUTS
 from halfbyte.recipe import Recipe
 from halfbyte.scheme import WeightFormat
 
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.")  # up to the experts of one block
+LEFT_OUT = "left out"
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -47,6 +49,7 @@ def card(report: Report, config: Mapping[str, Any], original: str = "") -> str:
             ],
             masked=any(name.endswith("ForMaskedLM") for name in config.get("architectures") or []),
             remote_code="auto_map" in config,
+            readers=_readers(report),
             recipe=yaml.safe_dump(report.recipe, sort_keys=False),
         )
     )
@@ -62,7 +65,7 @@ def own_card(folder: Path) -> str:
 def _metadata(report: Report, formats: list[WeightFormat], original: str) -> ModelCardData:
     name = model_name(report.model)
     bits = sorted({format.bits for format in formats})
-    here = "transformers" if report.layout in LAYOUTS else "halfbyte"
+    here = "transformers" if "transformers" in _readers(report) else "halfbyte"
     base: dict[str, Any] = {"base_model": name, "base_model_relation": "quantized"} if HUB_NAME.fullmatch(name) else {}
     return ModelCardData(
         **_inherited(original),
@@ -82,6 +85,28 @@ def _inherited(original: str) -> dict[str, Any]:
     except yaml.YAMLError:  # hours of work must not end at somebody else's misprint; nothing is claimed then
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)} if isinstance(data, dict) else {}
+
+
+def _readers(report: Report) -> list[str]:
+    """The programs beside ours that compute what they should.
+
+    Those that know the layout fuse the experts of a block and give them all one format, most often without a check:
+    vLLM that of the block's first, transformers one for the whole model, whose experts it wants all quantized and
+    without zero points.
+    """
+    if report.layout not in LAYOUTS:
+        return []
+    recipe = Recipe.load(report.recipe)
+    experts: dict[str, set[str]] = {}
+    for path in [*(module.path for module in report.modules), *report.unquantized]:
+        if found := EXPERT.match(path):
+            format = None if path in report.unquantized else recipe.format_of(path)
+            experts.setdefault(found[1], set()).add(LEFT_OUT if format is None else str(format))
+    if any(len(formats) > 1 for formats in experts.values()):
+        return []
+    everywhere = set().union(*experts.values())
+    alike = len(everywhere) <= 1 and not any(name == LEFT_OUT or " asym " in name for name in everywhere)
+    return ["vllm", "transformers"] if alike else ["vllm"]
 
 
 def _formats(report: Report) -> list[WeightFormat]:

@@ -33,13 +33,14 @@ class Source:
     ignored: list[str]  # linear layers (and embeddings, which no reader minds) that stay as they are
 
 
-def export(folder: Path, format: str, output: Path, overwrite: bool = False) -> Path:
+def export(folder: str | Path, format: str, output: str | Path, overwrite: bool = False) -> Path:
     """Write the checkpoint in `folder` to `output` in the layout of LAYOUTS called `format`. Returns `output`.
 
     Shard by shard, in a folder beside `output` that gets its name at the end and is removed if anything fails.
     FormatError, before anything is written, where the layout cannot hold the weights exactly; CheckpointError where the
     source is damaged; OutputError where the output is in the way.
     """
+    folder, output = Path(folder), Path(output)
     if format not in LAYOUTS:
         raise FormatError(f"there is no layout {format!r}: choose one of {', '.join(LAYOUTS)}")
     if output.resolve() == folder.resolve():

@@ -48,13 +48,14 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(folder: Path, *, linears: Sequence[str] = (), hashes: bool = True) -> Inspection:
+def inspect(folder: str | Path, *, linears: Sequence[str] = (), hashes: bool = True) -> Inspection:
     """Look at a checkpoint of any of LAYOUTS, intact or not. CheckpointError only where the folder is no checkpoint.
 
     `linears`: paths of the model's linear layers, if the caller knows them; otherwise a quantized module of which no
     tensor is left goes unnoticed unless an index, a target or a hash names it. `hashes`: read every byte to compare the
     files with the hashes in halfbyte.json.
     """
+    folder = Path(folder)
     config, shards = model_config(folder), Shards(folder)
     problems = list(shards.problems)
     section = quantization_config(config)

@@ -90,12 +90,9 @@ class Layout(Protocol):
 def common_refusal(format: WeightFormat, out: int, columns: int) -> str | None:
     """What no layout of other people's can say; None where nothing of that kind is in the way."""
     if format.outliers is not None:
-        return "it has no place for columns kept in 16 bit: write the checkpoint in halfbyte's own layout"
+        return "it has no place for columns kept in 16 bit: remove `outliers` from the format"
     if isinstance(format.scale, IntegerScale):
-        return (
-            f"its scales are floating-point numbers, not S/{format.scale.amplifier}: write the checkpoint in "
-            "halfbyte's own layout, or choose `scale: {kind: float}`"
-        )
+        return f"its scales are floating-point numbers, not S/{format.scale.amplifier}: choose `scale: {{kind: float}}`"
     if isinstance(format.granularity, GroupCount):
         return (
             f"its groups are runs of a row, not {format.granularity.count} parts of the flattened matrix: choose "

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from halfbyte.errors import RecipeError
 from halfbyte.numerics.grid import Grid, fit, grid_between, to_groups
 from halfbyte.scheme import PerChannel, PerGroup, WeightFormat
 
@@ -89,7 +90,10 @@ def output_error(gram: Float[Tensor, "in in"], format: WeightFormat) -> GroupErr
         case PerChannel():
             groups, size = 1, width
         case other:
-            raise ValueError(f"groups that span several rows ({other.kind}) have no block of the Gram matrix")
+            raise RecipeError(
+                f"`ranges: output` needs groups inside a row, and `granularity: {other.kind}` spans several: choose "
+                "`ranges: mse`, or a granularity of kind group or channel"
+            )
     blocks = torch.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
 
     def error(delta: Float[Tensor, "all size"]) -> Float[Tensor, "all"]:
