@@ -4,7 +4,8 @@
         --peer-python llmc/bin/python
 
 Ours is timed from reading the model to the finished folder; the peer's figure is its oneshot call alone, on a model
-that is loaded already. Imports count for neither. `--peer-python` is the interpreter of an environment made by benchmarks/peers/make_environment.sh llmc.
+that is loaded already. Imports count for neither. `--peer-python` is the interpreter of an environment made by
+benchmarks/peers/make_environment.sh llmc.
 """
 
 import argparse

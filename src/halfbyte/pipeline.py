@@ -176,8 +176,9 @@ def quantize(
     """Quantize a Hugging Face model (folder or hub name) by a recipe into a new folder, and say what it cost.
 
     `calibration`: a text file, a data set's name, "random" or "self"; recipes that need no data do without. `samples`
-    of `length` tokens. `dtype` is what calibration passes are computed in: the model's own where the device
-    multiplies it fast (GPUs; bfloat16 on a CPU with AMX), float32 elsewhere. Raises the errors of halfbyte.errors; what was finished before stays and `resume` goes on.
+    of `length` tokens. `dtype` is what calibration passes are computed in: the model's own where the device multiplies
+    it fast (GPUs; bfloat16 on a CPU with AMX), float32 elsewhere. Raises the errors of halfbyte.errors; what was
+    finished before stays, and `resume` goes on.
     """
     start = time.perf_counter()
     start_measuring()

@@ -90,7 +90,7 @@ class Layout(Protocol):
 def common_refusal(format: WeightFormat, out: int, columns: int) -> str | None:
     """What no layout of other people's can say; None where nothing of that kind is in the way."""
     if format.outliers is not None:
-        return "it has no place for columns kept in 16 bit: remove `outliers` from the format"
+        return "it has no place for columns kept in 16 bit: choose a format without `outliers`"
     if isinstance(format.scale, IntegerScale):
         return f"its scales are floating-point numbers, not S/{format.scale.amplifier}: choose `scale: {{kind: float}}`"
     if isinstance(format.granularity, GroupCount):
