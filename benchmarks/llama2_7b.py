@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import halfbyte
-from halfbyte import block, pipeline
+from halfbyte import block, pipeline, run
 from halfbyte.calibration.walk import Stream
 
 SHARDS = 4
@@ -109,9 +109,9 @@ def main() -> None:
         phases.wrap(block, "shared_inputs", "shared inputs")
         phases.wrap(Stream, "advance", "advance (forward passes)")
         phases.wrap(block.BlockQuantizer, "_round", "round and measure")
-        phases.wrap(pipeline.Run, "read_block", "read a block")
+        phases.wrap(run.Run, "read_block", "read a block")
         phases.wrap(pipeline, "block_tensors", "pack")
-        phases.wrap(pipeline, "enter", "enter")
+        phases.wrap(run, "enter", "enter")
         phases.wrap(pipeline, "fingerprint", "fingerprint")
         phases.wrap(pipeline, "write_rest", "write the rest")
         phases.wrap(pipeline.OutputFolder, "flush", "wait for the disk")

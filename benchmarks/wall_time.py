@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.pipeline import Run, quantize
+from halfbyte.pipeline import quantize
+from halfbyte.run import Run
 
 SETTINGS = ["--samples", "128", "--length", "512"]
 

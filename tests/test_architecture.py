@@ -30,14 +30,14 @@ MAY_IMPORT = {
     "checkpoint": {
         "errors", "scheme", "numerics", "models", "calibration", "recipe", "layouts", "plan", "evaluation", "__init__",
     },
+    "run": {"errors", "machine", "models", "calibration", "recipe", "runtime", "plan"},
     "pipeline": {
-        "errors", "machine", "models", "calibration", "recipe", "layouts", "runtime", "block", "plan", "checkpoint",
-        "evaluation",
+        "errors", "machine", "models", "recipe", "layouts", "block", "plan", "run", "checkpoint", "evaluation",
     },
     "demonstration": {"errors", "demo_text", "machine", "models", "recipe", "layouts", "pipeline", "evaluation", "runtime"},
     "huggingface": {"errors", "scheme", "models", "layouts", "runtime"},
     "cli": {
-        "errors", "recipe", "plan", "block", "pipeline", "layouts", "evaluation", "runtime", "demonstration", "machine",
+        "errors", "recipe", "plan", "block", "run", "pipeline", "layouts", "evaluation", "runtime", "demonstration", "machine",
         "scheme", "__init__",
     },
     "__init__": {"demonstration", "evaluation", "layouts", "pipeline", "recipe", "runtime"},

@@ -140,7 +140,8 @@ def test_killing_it_at_random_moments_changes_nothing(tmp_path):
 
 MEMORY = """
 import sys
-from halfbyte.pipeline import Run, quantize
+from halfbyte.pipeline import quantize
+from halfbyte.run import Run
 options = dict(calibration=sys.argv[2], samples=12, length=512, device="cpu")
 plan = Run(sys.argv[1], sys.argv[4], **options).plan()
 report = quantize(sys.argv[1], sys.argv[4], sys.argv[3], **options)

@@ -13,142 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from halfbyte.block import BlockQuantizer, ModuleRecord
-from halfbyte.calibration.data import Calibration, calibration_tokens
-from halfbyte.calibration.walk import Stream, enter
 from halfbyte.checkpoint import block_tensors, fingerprint, finish, hash_source, restore_block, write_rest
-from halfbyte.errors import CalibrationError
 from halfbyte.evaluation.report import Report
 from halfbyte.layouts.folder import OutputFolder
-from halfbyte.machine import measured_flops, peak_memory_used, pick_device, pick_dtype, resident_memory, start_measuring
-from halfbyte.models.load import (
-    Skeleton,
-    WeightFiles,
-    locate,
-    materialize,
-    materialize_outer,
-    outer_modules,
-    release,
-    skeleton,
-)  # fmt: skip
-from halfbyte.plan import Plan, Workload, estimate_seconds, layout_name, peak_memory, plan_modules
+from halfbyte.machine import peak_memory_used, start_measuring
+from halfbyte.models.load import release
+from halfbyte.plan import Plan
 from halfbyte.recipe import Recipe
-from halfbyte.runtime.load import load_model, load_tokenizer
+from halfbyte.run import Run
 
 Progress = Callable[[int, int, str], None]
 """Called with blocks done, blocks in all, and what is being done."""
 
-TOKENS_PER_PASS = {"cpu": 8192, "cuda": 16384}
-
 
 def silent(_done: int, _total: int, _what: str) -> None:
     """No progress shown."""
-
-
-class Run:
-    """Everything that is known before the first block is touched."""
-
-    def __init__(
-        self,
-        model: str | Path,
-        recipe: Recipe | str | Path | Mapping[str, Any],
-        *,
-        calibration: str | Path | None = None,
-        samples: int = 128,
-        length: int = 2048,
-        seed: int = 0,
-        device: str = "auto",
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.recipe = Recipe.load(recipe)
-        self.device = pick_device(device)
-        folder = locate(model)
-        self.files = WeightFiles(folder)
-        self.skeleton: Skeleton = skeleton(folder, trust_remote_code=trust_remote_code, refuse_quantized=True)
-        self.modules = plan_modules(self.skeleton, self.files, self.recipe)
-        self.stored_dtype = self.files.dtype(self.skeleton.stored_name(f"{self.modules[0].path}.weight", self.files))
-        self.dtype = pick_dtype(dtype, self.device, self.stored_dtype)
-        self.observed = self.recipe.needs_data or calibration is not None
-        self.source, self.samples, self.length, self.seed = calibration, samples, length, seed
-        self.files.close()
-        self.base_memory = resident_memory()
-
-    def plan(self, *, with_time: bool = False) -> Plan:
-        """What the run would do. `with_time` measures this machine for a fraction of a second."""
-        text = self.skeleton.config.get_text_config()
-        hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "n_embd", 0))
-        work = Workload(
-            samples=self.samples,
-            length=self.length,
-            batch=min(self.samples, max(1, TOKENS_PER_PASS[self.device.type] // self.length)),
-            hidden=hidden,
-            itemsize=self.dtype.itemsize,
-            streams=int(self.observed) * (2 if self.recipe.rounding.needs_drift else 1),
-            on_host=self.device.type == "cpu",
-            base=self.base_memory,
-            outer=sum(self.files.nbytes(name) for name in self.files)
-            - sum(module.bytes_before for module in self.modules),
-        )
-        before = sum(self.files.nbytes(name) for name in self.files)
-        after = before + sum(module.bytes_after - module.bytes_before for module in self.modules)
-        host, device = peak_memory(self.skeleton, self.modules, work)
-        seconds = estimate_seconds(self.modules, work, measured_flops(self.device), self.recipe) if with_time else None
-        return Plan(self.modules, layout_name(self.skeleton), before, after, host, device, seconds)
-
-    def calibrate(self) -> Calibration | None:
-        """The calibration tokens, where the recipe or the user wants any."""
-        if not self.observed:
-            return None
-        if self.source is None:
-            raise CalibrationError(
-                f"recipe {self.recipe.name!r} looks at activations and needs calibration text: give a text file, a data "
-                "set such as c4, `random` (random tokens) or `self` (the model writes its own)"
-            )
-        return calibration_tokens(
-            self.source,
-            load_tokenizer(self.skeleton.folder),
-            samples=self.samples,
-            length=self.length,
-            seed=self.seed,
-            model=self.float_model() if str(self.source) == "self" else self.skeleton.model,
-        )
-
-    def float_model(self) -> nn.Module:
-        """The whole unquantized model, for text that it writes itself."""
-        return load_model(self.skeleton.folder, device=self.device.type, dtype=self.dtype)
-
-    def streams(self, calibration: Calibration | None) -> tuple[Stream | None, Stream | None]:
-        """The calibration set at the door of the first block, and a second time for the float model if it is needed."""
-        if calibration is None:
-            return None, None
-        self.read_block(0)
-        materialize_outer(self.skeleton, self.files, self.device, self.dtype)
-        home = self.home(calibration)
-        batches = calibration.batches(max(1, TOKENS_PER_PASS[self.device.type] // self.length))
-        stream = enter(self.skeleton.model, list(self.skeleton.blocks), batches, self.device, home)
-        for _, module in outer_modules(self.skeleton):
-            release(module, recurse=False)
-        release(self.skeleton.blocks[0])
-        return stream, stream.copy() if self.recipe.rounding.needs_drift else None
-
-    def home(self, calibration: Calibration) -> torch.device:
-        """Hidden states wait on the device while they take less than a quarter of its memory, else in the host's."""
-        if self.device.type != "cuda":
-            return self.device
-        text = self.skeleton.config.get_text_config()
-        size = sum(len(sample) for sample in calibration.samples) * int(text.hidden_size) * self.dtype.itemsize
-        return self.device if 4 * size < torch.cuda.mem_get_info(self.device)[1] else torch.device("cpu")
-
-    def read_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights."""
-        block = self.skeleton.blocks[index]
-        prefix = f"{self.skeleton.blocks_name}.{index}"
-        materialize(self.skeleton, self.files, list(block.named_modules(prefix=prefix)), self.device, self.dtype)
-        self.files.close()
-        return block
 
 
 def dry_run(model: str | Path, recipe: Recipe | str | Path | Mapping[str, Any], **options: Any) -> Plan:

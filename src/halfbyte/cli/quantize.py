@@ -80,14 +80,14 @@ def quantize(
     """
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     from halfbyte.cli import tables
-    from halfbyte.pipeline import Run
+    from halfbyte.pipeline import dry_run as planned
     from halfbyte.pipeline import quantize as run
 
     if dry_run:
-        plan = Run(
+        plan = planned(
             model, recipe, calibration=calibration, samples=samples, length=length, seed=seed, device=device.value,
             dtype=dtype.value, trust_remote_code=trust_remote_code,
-        ).plan(with_time=True)  # fmt: skip
+        )  # fmt: skip
         if json is not None:
             write_json(tables.plan_json(plan), json)
         console_beside(json).print(tables.plan(plan))
