@@ -90,7 +90,7 @@ class BlockQuantizer:
         assert self.stream is not None
         reference = (original, self.float_stream) if original and self.float_stream else None
         inputs = self._shared_inputs(index, block)
-        seen = observe(block, self.stream, index, inputs, reference)
+        seen = observe(block, self.stream, index, inputs, reference, magnitudes=bool(self.recipe.transforms))
         check_finite(index, seen)
         for step in self.recipe.transforms:
             step.transform(self._links(block), seen, formats)
@@ -100,7 +100,7 @@ class BlockQuantizer:
             round_parameters(block, formats, self.dtype)
         for place, shared in enumerate(inputs):
             if self.recipe.sequential and place > 0:
-                seen = observe(block, self.stream, index, [shared], reference)
+                seen = observe(block, self.stream, index, [shared], reference, magnitudes=False)
             yield shared, seen
             for name in shared:
                 seen.pop(name)

@@ -23,6 +23,7 @@ COMPLETE = Path(__file__).parents[2] / "benchmarks/peers/vllm_complete.py"
 LAYOUTS = ["compressed-tensors", "gptq", "awq"]
 TOKENS = 16
 MAY_DIFFER = 1  # of TOKENS
+NEAR_TIE = 0.25  # nats; twice what int8 activations were seen to move a log-probability by
 WINDOWS, WINDOW = 4, 256
 
 
@@ -105,10 +106,12 @@ def test_vllm_writes_what_we_write(name, layout, vllm_python, subject_of, checkp
     folder = checkpoint_of(name, layout)
     found = compared(vllm_python, folder, folder, subject_of(name).prompts, tmp_path)
     figures.append({"client": "vllm", "model": name, "layout": layout, **found})
-    # vLLM's CPU kernel for int4 experts rounds activations to int8: near ties go the other way, and the text with them
-    judged = "likeliest_after_the_same_text" if MODELS[name].mixture else "before_first_difference"
-    assert min(found[judged]) >= TOKENS - MAY_DIFFER
-    assert len(found[judged]) == 8
+    assert len(found["before_first_difference"]) == 8
+    if MODELS[name].mixture:
+        # int8 activations in vLLM's CPU kernel for int4 experts, unasked: near ties go the other way, and the text then
+        assert found["farthest_from_our_choice"] < NEAR_TIE
+    else:
+        assert min(found["before_first_difference"]) >= TOKENS - MAY_DIFFER
 
 
 @pytest.mark.clients

@@ -24,9 +24,12 @@ class InputStatistics:
     maximum: Float[Tensor, "in"]
     tokens: int = 0
     drift: Float[Tensor, "in in"] | None = None  # (F - X)ᵀX: F are the inputs the float model has in X's place
+    magnitudes: bool = True  # whether the four vectors are gathered: on a CPU they cost half of a Gram matrix
 
     @classmethod
-    def empty(cls, width: int, device: torch.device | str = "cpu", drift: bool = False) -> "InputStatistics":
+    def empty(
+        cls, width: int, device: torch.device | str = "cpu", *, drift: bool = False, magnitudes: bool = True
+    ) -> "InputStatistics":
         def vector(value: float) -> Tensor:
             return torch.full((width,), value, dtype=torch.float32, device=device)
 
@@ -37,6 +40,7 @@ class InputStatistics:
             minimum=vector(torch.inf),
             maximum=vector(-torch.inf),
             drift=torch.zeros(width, width, device=device) if drift else None,
+            magnitudes=magnitudes,
         )
 
     @property
@@ -50,12 +54,14 @@ class InputStatistics:
         add_gram(self.gram, inputs)
         if self.drift is not None and reference is not None:
             self.drift += product(reference - inputs, inputs)
+        self.tokens += len(inputs)
+        if not self.magnitudes:
+            return
         low, high = inputs.amin(dim=0).float(), inputs.amax(dim=0).float()
         self.absolute_max = torch.maximum(self.absolute_max, torch.maximum(-low, high))
         self.absolute_sum += inputs.abs().sum(dim=0, dtype=torch.float32)
         self.minimum = torch.minimum(self.minimum, low)
         self.maximum = torch.maximum(self.maximum, high)
-        self.tokens += len(inputs)
 
     def merge(self, other: "InputStatistics") -> None:
         """Add what another walk has seen. Edits in place."""

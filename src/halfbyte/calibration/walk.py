@@ -186,11 +186,13 @@ def observe(
     index: int,
     shared: Sequence[SharedInput],
     reference: tuple[nn.Module, Stream] | None = None,
+    *,
+    magnitudes: bool = True,
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear's input over the whole stream; linears that share an input share one object.
 
     `reference`: the float block and its own stream, for the drift between the two. A linear that sees a part of the
-    tokens (an expert) has no drift: the two routers need not agree.
+    tokens (an expert) has no drift: the two routers need not agree. `magnitudes`: also the extremes and mean magnitudes.
     """
     modules = linears(block)
     leaders = {names[0]: modules[names[0]] for names in shared}
@@ -201,7 +203,9 @@ def observe(
     def notice(name: str, inputs: Tensor) -> None:
         flat = inputs.detach().flatten(0, -2)
         if name not in seen:
-            seen[name] = InputStatistics.empty(flat.shape[1], flat.device, drift=reference is not None)
+            seen[name] = InputStatistics.empty(
+                flat.shape[1], flat.device, drift=reference is not None, magnitudes=magnitudes
+            )
         if len(flat) != tokens:
             seen[name].drift = None
         seen[name].absorb(flat, float_inputs.get(name))

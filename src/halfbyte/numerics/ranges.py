@@ -18,6 +18,7 @@ of least error in the layer's outputs (AWQ's clip search, arXiv 2306.00978 and i
 MSE_NORM = 2.4
 SMALLEST_SHRINK, MSE_STEPS = 0.2, 80
 SMALLEST_CLIP, CLIP_STEPS = 0.5, 20
+PATIENCE = 10  # steps without an improvement in any group after which a search ends
 
 GroupError = Callable[[Float[Tensor, "groups size"]], Float[Tensor, "groups"]]
 """What each group's deviation costs. It may overwrite its argument."""
@@ -47,12 +48,16 @@ def search(
     low, high = members.aminmax(dim=1)
     reach = torch.maximum(-low, high)
     scales, zeros = best.scales.flatten(), None if best.zero_points is None else best.zero_points.flatten()
-    least = error(deviation(members, scales, zeros, format))
+    least, last = error(deviation(members, scales, zeros, format)), 0
     for step in range(1, steps):
+        if step - last > PATIENCE:
+            break
         clip = reach * (1 - (1 - smallest) * step / steps)
         grid = grid_between(torch.maximum(low, -clip), torch.minimum(high, clip), format)
         now = error(deviation(members, grid.scales, grid.zero_points, format))
         better = now < least
+        if bool(better.any()):
+            last = step
         least = torch.where(better, now, least)
         scales = torch.where(better, grid.scales, scales)
         if zeros is not None and grid.zero_points is not None:
