@@ -39,17 +39,23 @@ def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dt
 
 def resident_memory() -> int:
     """Bytes that this process holds now; where the system does not say, the most it ever held."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return _most_resident()
+    return _of_status("VmRSS") or _most_resident()
 
 
 def _most_resident() -> int:
+    # getrusage is second choice: on Linux its peak starts at what the parent process held when it forked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return _of_status("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _of_status(field: str) -> int | None:
+    """A field of Linux's /proc/self/status, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def start_measuring() -> None:
