@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "machine": {"errors"},
     "demo_text": {"errors"},
     "numerics": {"errors", "scheme"},
-    "solvers": {"errors"},
+    "solvers": {"errors", "numerics"},
     "packing": {"errors"},
     "kernels": {"errors", "packing"},
     "models": {"errors"},

@@ -13,8 +13,7 @@ between segments matrix products. The products go first to the segments of the s
 it once per batch: with segments of 32 columns that saves most of the traffic of updating everything each time.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from halfbyte.errors import CalibrationError, RecipeError, WeightError
+from halfbyte.numerics.precision import float32_products
 from halfbyte.solvers.columns import reference
 from halfbyte.solvers.columns.reference import Segment
 
@@ -136,20 +136,8 @@ def _absorb(
     tf32: bool,
 ) -> None:
     """later -= errors · spread, in place."""
-    with _float32_products(tf32):
+    with float32_products(tf32=tf32):
         later.addmm_(errors, spread, alpha=-1)
-
-
-@contextmanager
-def _float32_products(tf32: bool) -> Iterator[None]:
-    """Products of float32 matrices on CUDA are of this precision inside, and of the caller's again afterwards."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _check_segment(weight: Tensor, spread: Tensor, scales: Tensor, zero_points: Tensor | None) -> None:
