@@ -40,9 +40,13 @@ def save_model(folder: Path, kind: str = "llama", **changes) -> Path:
     return folder
 
 
-def recipe(*steps, bits=4, size=8, **more) -> Recipe:
+def recipe(*steps, bits=4, size=8, activations=None, **more) -> Recipe:
     weights = {"bits": bits, "granularity": {"kind": "group", "size": size}}
-    fields = {"scheme": {"weights": weights}, "steps": list(steps) or [{"method": "gptq"}], "minimum_tokens": 1}
+    fields = {
+        "scheme": {"weights": weights, "activations": activations},
+        "steps": list(steps) or [{"method": "gptq"}],
+        "minimum_tokens": 1,
+    }
     return Recipe.load({**fields, **more})
 
 
@@ -90,11 +94,22 @@ def test_every_statistic_after_the_first_block_sees_the_errors_before_it(tmp_pat
     assert any(not torch.equal(one[name], other[name]) for name in one if name.endswith("weight_packed"))
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+DRIFT = recipe({"method": "awq"}, {"method": "gptq", "drift": 0.5})
+STATIC = {"granularity": "tensor", "dynamic": False}
+SPLIT = {"outliers": {"threshold": 1.0, "columns": "static", "weights": "kept"}}
+RESUMED = {
+    "drift": DRIFT,
+    "sequential": DRIFT.model_copy(update={"sequential": True}),
+    "static": recipe({"method": "rtn"}, bits=8, activations=STATIC),
+    "split": recipe({"method": "rtn"}, bits=8, activations=SPLIT),
+    "lkd": recipe({"method": "rtn"}, {"method": "lkd", "steps": 3}, activations={}),
+}
+
+
+@pytest.mark.parametrize("what", RESUMED.values(), ids=RESUMED.keys())
 @pytest.mark.parametrize("stop", [0, 1, 2])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(stop, sequential, tmp_path):
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(stop, what, tmp_path):
     source = save_model(tmp_path / "float", "qwen3")
-    what = recipe({"method": "awq"}, {"method": "gptq", "drift": 0.5}, sequential=sequential)
     run(source, tmp_path / "whole", what)
 
     def interrupt(done, _total, _what):
@@ -323,11 +338,10 @@ def test_a_transform_without_a_table_says_so_and_gptq_does_not_need_one(tmp_path
     assert len(run(source, tmp_path / "gptq", recipe()).modules) == 14
 
 
-@pytest.mark.parametrize("part", ["activations", "cache"])
-def test_a_scheme_that_cannot_be_produced_yet_is_refused(part, tmp_path):
+def test_a_scheme_that_cannot_be_produced_yet_is_refused(tmp_path):
     source = save_model(tmp_path / "float")
-    what = Recipe.load({"scheme": {part: {}}, "steps": [{"method": "rtn"}]})
-    with pytest.raises(RecipeError, match=f"quantized {part}"):
+    what = Recipe.load({"scheme": {"cache": {}}, "steps": [{"method": "rtn"}]})
+    with pytest.raises(RecipeError, match="quantized cache"):
         run(source, tmp_path / "out", what)
 
 

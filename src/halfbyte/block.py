@@ -2,25 +2,27 @@
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from halfbyte.calibration.statistics import InputStatistics
-from halfbyte.calibration.walk import SharedInput, Stream, linears, observe, shared_inputs
+from halfbyte.calibration.walk import SharedInput, Stream, linears, observe, quantizing_inputs, shared_inputs
 from halfbyte.errors import CalibrationError, HalfbyteError, ModelError
-from halfbyte.methods.contract import Rounding
+from halfbyte.methods.contract import InputChoice, RoundedBlock, Rounding
 from halfbyte.methods.rtn import RTN
 from halfbyte.models.fold import ResolvedLink, find_links
 from halfbyte.models.load import Skeleton
+from halfbyte.numerics.activations import InputQuantizer, calibrated
 from halfbyte.numerics.error import output_snr, weight_snr
 from halfbyte.numerics.grid import Grid
-from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, along_rows
 from halfbyte.recipe import Recipe
-from halfbyte.scheme import PerChannel, PerGroup, WeightFormat
+from halfbyte.scheme import ActivationFormat, PerChannel, PerGroup, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +32,36 @@ class ModuleRecord:
     path: str
     format: str
     method: str
+    activations: dict[str, Any] | None  # the ActivationFormat of the input; None: 16 bit
     shape: tuple[int, int]
     weight_snr: float  # dB
     output_snr: float | None  # dB over the calibration tokens; None where nothing was observed
     tokens: int
     seconds: float
 
+    @property
+    def input_format(self) -> ActivationFormat | None:
+        """How the input is quantized; None: not at all."""
+        return None if self.activations is None else ActivationFormat.model_validate(self.activations)
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ModuleRecord":
         """The record that a journal holds."""
         return cls(**{**values, "shape": tuple(values["shape"])})
+
+
+@dataclass(slots=True)
+class Rounded:
+    """A linear that was rounded, with what is still needed of what it was."""
+
+    weight: QuantizedWeight
+    method: str
+    weight_snr: float
+    output_snr: float | None
+    tokens: int
+    seconds: float
+    original: Float[Tensor, "out in"] | None  # after the transforms; where a refinement or a split asks for it
+    seen: InputStatistics | None  # likewise
 
 
 @dataclass(slots=True)
@@ -54,56 +76,99 @@ class BlockQuantizer:
     structures: dict[tuple[type[nn.Module], tuple[str, ...]], list[SharedInput]] = field(default_factory=dict)
 
     def quantize(
-        self, index: int, block: nn.Module, formats: Mapping[str, WeightFormat]
-    ) -> tuple[dict[str, QuantizedWeight], list[ModuleRecord]]:
+        self,
+        index: int,
+        block: nn.Module,
+        formats: Mapping[str, WeightFormat],
+        activations: Mapping[str, ActivationFormat],
+    ) -> tuple[dict[str, QuantizedModule], list[ModuleRecord]]:
         """Quantize block `index` and step both streams over it. Edits the block: afterwards it computes what is stored.
 
-        `formats`: name in the block -> the format its weight must come out in; every one of them does.
+        `formats`: name in the block -> the format its weight must come out in; every one of them does. `activations`:
+        likewise for the inputs that are quantized; a method may choose others (`InputChoice`).
         """
         original = copy.deepcopy(block) if self.float_stream else None
-        quantized: dict[str, QuantizedWeight] = {}
-        records: list[ModuleRecord] = []
+        done: dict[str, Rounded] = {}
         if self.stream is None:
+            inputs = {name: InputQuantizer(format) for name, format in activations.items()}
             for name in formats:
-                self._round(index, block, (name,), formats, None, quantized, records)
+                done |= self._round(index, block, (name,), formats, None)
         else:
-            for shared, seen in self._observed(index, block, original, formats):
-                names = tuple(name for name in shared if name in formats)
-                for alike in _alike(names, formats):
-                    self._round(index, block, alike, formats, seen[shared[0]], quantized, records)
-        if missing := sorted(formats.keys() - quantized.keys()):
+            seen = self._observed(index, block, original, self._shared_inputs(index, block), first=True)
+            activations = self._transform(block, seen, formats, activations)
+            inputs = {name: calibrated(f, seen[name].minimum, seen[name].maximum) for name, f in activations.items()}
+            for shared, statistics in self._in_turn(index, block, original, seen):
+                for alike in _alike([name for name in shared if name in formats], formats):
+                    done |= self._round(index, block, alike, formats, statistics)
+            self._refine(index, block, original, inputs, done)
+        if missing := sorted(formats.keys() - done.keys()):
             raise ModelError(f"block {index}: {', '.join(missing)} were to be quantized and were not")
-        self.step_over(index, block, original)
-        return quantized, records
+        modules = {name: self._module(rounded, inputs.get(name)) for name, rounded in done.items()}
+        for name, module in modules.items():
+            linears(block)[name].weight.data.copy_(module.decode())
+        self.step_over(index, block, original, inputs)
+        return modules, [self._record(index, name, done[name], inputs.get(name)) for name in modules]
 
-    def step_over(self, index: int, block: nn.Module, original: nn.Module | None) -> None:
+    def step_over(
+        self, index: int, block: nn.Module, original: nn.Module | None, inputs: Mapping[str, InputQuantizer]
+    ) -> None:
         """Move the stream past a block that computes what is stored, and the float stream past the block it came from."""
         if self.stream is not None:
-            self.stream.advance(block, index)
+            with quantizing_inputs(block, inputs):
+                self.stream.advance(block, index)
         if self.float_stream is not None and original is not None:
             self.float_stream.advance(original, index)
 
     def _observed(
-        self, index: int, block: nn.Module, original: nn.Module | None, formats: Mapping[str, WeightFormat]
-    ) -> Iterator[tuple[SharedInput, Mapping[str, InputStatistics]]]:
-        """Each shared input with its statistics: all gathered at once, or (`sequential`) when its turn comes."""
+        self,
+        index: int,
+        block: nn.Module,
+        original: nn.Module | None,
+        inputs: Sequence[SharedInput],
+        *,
+        first: bool,
+    ) -> dict[str, InputStatistics]:
+        """What these linears see; magnitudes only the first time, when transforms and formats may ask for them."""
         assert self.stream is not None
-        reference = (original, self.float_stream) if original and self.float_stream else None
-        inputs = self._shared_inputs(index, block)
-        seen = observe(block, self.stream, index, inputs, reference, magnitudes=bool(self.recipe.transforms))
+        reference = None
+        if self.recipe.rounding.needs_drift and original is not None and self.float_stream is not None:
+            reference = original, self.float_stream
+        magnitudes = first and bool(self.recipe.transforms or self.recipe.needs_ranges)
+        seen = observe(block, self.stream, index, inputs, reference, magnitudes=magnitudes)
         check_finite(index, seen)
+        return seen
+
+    def _transform(
+        self,
+        block: nn.Module,
+        seen: Mapping[str, InputStatistics],
+        formats: Mapping[str, WeightFormat],
+        activations: Mapping[str, ActivationFormat],
+    ) -> Mapping[str, ActivationFormat]:
+        """Let the recipe's transforms edit block and statistics in place; the input formats after them."""
         for step in self.recipe.transforms:
-            step.transform(self._links(block), seen, formats)
+            step.transform(self._links(block), seen, formats, activations)
+            if isinstance(step, InputChoice):
+                activations = step.choose(seen, activations)
         if self.recipe.transforms:
-            if reference and self.recipe.sequential:  # what is observed from now on is scaled in both models alike
-                reference = (copy.deepcopy(block), reference[1])
             round_parameters(block, formats, self.dtype)
-        for place, shared in enumerate(inputs):
+        return activations
+
+    def _in_turn(
+        self, index: int, block: nn.Module, original: nn.Module | None, seen: dict[str, InputStatistics]
+    ) -> Iterator[tuple[SharedInput, InputStatistics]]:
+        """Each shared input with its statistics; `sequential`: gathered anew after what came before was rounded."""
+        transformed = original
+        if original is not None and self.recipe.sequential and self.recipe.transforms:
+            transformed = copy.deepcopy(block)
+        for place, names in enumerate(self._shared_inputs(index, block)):
             if self.recipe.sequential and place > 0:
-                seen = observe(block, self.stream, index, [shared], reference, magnitudes=False)
-            yield shared, seen
-            for name in shared:
-                seen.pop(name)
+                # the scales that transforms moved are in both models, or the two inputs would differ by them
+                seen = self._observed(index, block, transformed, [names], first=False)
+            yield names, seen[names[0]]
+            if not self.recipe.refinements:
+                for name in names:
+                    seen.pop(name)
 
     def _shared_inputs(self, index: int, block: nn.Module) -> list[SharedInput]:
         """Found by running one batch, once for all blocks of the same class with the same linears."""
@@ -129,40 +194,81 @@ class BlockQuantizer:
         names: Sequence[str],
         formats: Mapping[str, WeightFormat],
         seen: InputStatistics | None,
-        quantized: dict[str, QuantizedWeight],
-        records: list[ModuleRecord],
-    ) -> None:
-        """Round linears that share input and format as one matrix, rows on rows. Adds to `quantized` and `records`."""
-        if not names:
-            return
+    ) -> dict[str, Rounded]:
+        """Round linears that share input and format as one matrix, rows on rows. The block computes with the result."""
         start = time.perf_counter()
         modules = linears(block)
         weights = {name: modules[name].weight.float() for name in names}
         whole = torch.cat(list(weights.values()))
-        paths = [f"{self.skeleton.blocks_name}.{index}.{name}" for name in names]
-        step = self._rounding(paths[0], seen)
+        step = self._rounding(self._path(index, names[0]), seen)
         try:
             result = step.quantize(whole, formats[names[0]], seen)
         except HalfbyteError as cause:
-            raise type(cause)(f"{', '.join(paths)}: {cause}") from cause
-        for name, path, part in zip(names, paths, split_rows(result, [len(w) for w in weights.values()]), strict=True):
-            rounded = part.decode()
-            quantized[name] = part
-            records.append(
-                ModuleRecord(
-                    path=path,
-                    format=str(part.format),
-                    method=" → ".join([step.method for step in self.recipe.transforms] + [step.method]),
-                    shape=(rounded.shape[0], rounded.shape[1]),
-                    weight_snr=weight_snr(weights[name], rounded),
-                    output_snr=output_snr(weights[name], rounded, seen.gram)
-                    if seen is not None and seen.tokens
-                    else None,
-                    tokens=seen.tokens if seen is not None else 0,
-                    seconds=(time.perf_counter() - start) / len(names),
-                )
+            raise type(cause)(f"{', '.join(self._path(index, name) for name in names)}: {cause}") from cause
+        done = {}
+        for name, part in zip(names, split_rows(result, [len(w) for w in weights.values()]), strict=True):
+            modules[name].weight.data.copy_(part.decode())
+            done[name] = Rounded(
+                weight=along_rows(part),
+                method=" → ".join(step.method for step in (*self.recipe.transforms, step)),
+                weight_snr=weight_snr(weights[name], part.decode()),
+                output_snr=_output_snr(weights[name], part, seen),
+                tokens=seen.tokens if seen is not None else 0,
+                seconds=(time.perf_counter() - start) / len(names),
+                original=weights[name] if self.recipe.refinements or self.recipe.keeps_columns else None,
+                seen=seen if self.recipe.refinements else None,
             )
-            modules[name].weight.data.copy_(rounded)
+        return done
+
+    def _refine(
+        self,
+        index: int,
+        block: nn.Module,
+        original: nn.Module | None,
+        inputs: Mapping[str, InputQuantizer],
+        done: Mapping[str, Rounded],
+    ) -> None:
+        """Let the recipe's refinements improve what was rounded. Edits the block's norms and biases, and `done`."""
+        if not self.recipe.refinements or original is None or self.stream is None or self.float_stream is None:
+            return
+        start = time.perf_counter()
+        weights = {name: rounded.original for name, rounded in done.items() if rounded.original is not None}
+        rounded_block = RoundedBlock(index, block, original, weights, inputs, self.stream, self.float_stream)
+        for step in self.recipe.refinements:
+            better = step.refine(rounded_block, {name: rounded.weight for name, rounded in done.items()})
+            for name, weight in better.items():
+                done[name].weight = weight
+                done[name].method += f" → {step.method}"
+        round_parameters(block, done.keys(), self.dtype)
+        for name, rounded in done.items():
+            rounded.weight_snr = weight_snr(weights[name], rounded.weight.decode())
+            rounded.output_snr = _output_snr(weights[name], rounded.weight, rounded.seen)
+            rounded.seconds += (time.perf_counter() - start) / len(done)
+
+    def _module(self, rounded: Rounded, inputs: InputQuantizer | None) -> QuantizedModule:
+        """What is stored of a linear, with the columns that an outlier split keeps."""
+        split = None if inputs is None else inputs.format.outliers
+        if split is None or inputs is None or split.weights != "kept" or rounded.original is None:
+            return QuantizedModule(rounded.weight, inputs)
+        columns = inputs.outlier_columns
+        kept = rounded.original if columns is None else rounded.original[:, columns.long()]
+        return QuantizedModule(rounded.weight, inputs, kept.to(self.dtype))
+
+    def _record(self, index: int, name: str, rounded: Rounded, inputs: InputQuantizer | None) -> ModuleRecord:
+        return ModuleRecord(
+            path=self._path(index, name),
+            format=str(rounded.weight.format) + (f", {inputs.format}" if inputs else ""),
+            method=rounded.method,
+            activations=inputs.format.model_dump(mode="json") if inputs else None,
+            shape=(rounded.weight.codes.shape[0], rounded.weight.codes.shape[1]),
+            weight_snr=rounded.weight_snr,
+            output_snr=rounded.output_snr,
+            tokens=rounded.tokens,
+            seconds=rounded.seconds,
+        )
+
+    def _path(self, index: int, name: str) -> str:
+        return f"{self.skeleton.blocks_name}.{index}.{name}"
 
     def _rounding(self, path: str, seen: InputStatistics | None) -> Rounding:
         """The recipe's rounding, or what the recipe says about layers that saw too few tokens."""
@@ -201,10 +307,14 @@ def _alike(names: Sequence[str], formats: Mapping[str, WeightFormat]) -> list[tu
     return [tuple(group) for group in together.values()] + alone
 
 
-def round_parameters(block: nn.Module, formats: Mapping[str, WeightFormat], dtype: torch.dtype) -> None:
-    """What a transform left unquantized takes the values that will be stored. Edits in place."""
+def _output_snr(weight: Tensor, rounded: QuantizedWeight, seen: InputStatistics | None) -> float | None:
+    return output_snr(weight, rounded.decode(), seen.gram) if seen is not None and seen.tokens else None
+
+
+def round_parameters(block: nn.Module, quantized: Container[str], dtype: torch.dtype) -> None:
+    """What is not quantized takes the values that will be stored. Edits in place."""
     for path, parameter in block.named_parameters():
-        if path.removesuffix(".weight") not in formats:
+        if path.removesuffix(".weight") not in quantized:
             parameter.data.copy_(parameter.data.to(dtype))
 
 

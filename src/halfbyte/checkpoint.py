@@ -6,6 +6,7 @@ Names are those of the source checkpoint, so that every client finds what it loo
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from halfbyte.evaluation.card import card, own_card
 from halfbyte.evaluation.report import Report, completed, html
 from halfbyte.layouts import LAYOUTS
 from halfbyte.layouts.folder import OutputFolder, sha256
+from halfbyte.layouts.inputs import SUFFIXES as INPUT_SUFFIXES
+from halfbyte.layouts.inputs import read_inputs, write_inputs
 from halfbyte.models.linearize import TransposedLinear
 from halfbyte.models.load import Skeleton, WeightFiles
-from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.numerics.activations import InputQuantizer
+from halfbyte.numerics.quantized import QuantizedModule, stored_format
 from halfbyte.plan import Plan, ignored_paths
 from halfbyte.recipe import Recipe
-from halfbyte.scheme import WeightFormat
+from halfbyte.scheme import ActivationFormat, WeightFormat
 
 LAYOUT = LAYOUTS["compressed-tensors"]
 SIDECAR = "halfbyte.json"
@@ -60,7 +64,7 @@ def hash_source(files: WeightFiles, pool: Executor) -> dict[str, Future[str]]:
 
 
 def block_tensors(
-    skeleton: Skeleton, files: WeightFiles, index: int, block: nn.Module, quantized: Mapping[str, QuantizedWeight]
+    skeleton: Skeleton, files: WeightFiles, index: int, block: nn.Module, quantized: Mapping[str, QuantizedModule]
 ) -> dict[str, Tensor]:
     """The tensors of a quantized block under their names in the checkpoint; unquantized ones in their stored dtype."""
     tensors = {}
@@ -68,7 +72,7 @@ def block_tensors(
         stored = skeleton.stored_name(f"{path}.{key}", files)
         name = path.removeprefix(f"{skeleton.blocks_name}.{index}.")
         if key == "weight" and name in quantized:
-            packed = LAYOUT.write(quantized[name])
+            packed = LAYOUT.write(quantized[name].weight) | write_inputs(quantized[name])
             tensors |= {f"{stored.removesuffix('weight')}{suffix}": tensor for suffix, tensor in packed.items()}
         else:
             value = parameter.T if isinstance(module, TransposedLinear) and key == "weight" else parameter
@@ -77,21 +81,37 @@ def block_tensors(
 
 
 def restore_block(
-    skeleton: Skeleton, path: Path, index: int, block: nn.Module, formats: Mapping[str, WeightFormat]
-) -> None:
-    """Give a block the values of its finished file, as the run that wrote it left them. Edits in place."""
+    skeleton: Skeleton,
+    path: Path,
+    index: int,
+    block: nn.Module,
+    formats: Mapping[str, WeightFormat],
+    activations: Mapping[str, ActivationFormat],
+) -> dict[str, InputQuantizer]:
+    """Give a block the values of its finished file, as the run that wrote it left them. Edits in place.
+
+    Returns how its inputs are quantized.
+    """
     shard = WeightFiles(path.parent, [path.name])
+    found: dict[str, InputQuantizer] = {}
     for module_path, module, key, parameter in parameters_of(skeleton, index, block):
         name = module_path.removeprefix(f"{skeleton.blocks_name}.{index}.")
         if key == "weight" and name in formats:
-            first = skeleton.stored_name(f"{module_path}.{LAYOUT.suffixes[0]}", shard)
-            base = first.removesuffix(LAYOUT.suffixes[0])
-            parts = {suffix: shard.read(base + suffix) for suffix in LAYOUT.suffixes if base + suffix in shard}
-            value = LAYOUT.read(parts, formats[name]).decode()
+            format = stored_format(formats[name], *parameter.shape)
+            first = LAYOUT.names(format)[0]
+            base = skeleton.stored_name(f"{module_path}.{first}", shard).removesuffix(first)
+            names = (*LAYOUT.names(format), *INPUT_SUFFIXES)
+            parts = {suffix: shard.read(base + suffix) for suffix in names if base + suffix in shard}
+            stored = QuantizedModule(LAYOUT.read(parts, format))
+            if name in activations:
+                found[name], kept = read_inputs(parts, activations[name], *parameter.shape)
+                stored = replace(stored, inputs=found[name], kept=kept)
+            value = stored.decode()
         else:
             value = shard.read(skeleton.stored_name(f"{module_path}.{key}", shard))
             value = value.T if isinstance(module, TransposedLinear) and key == "weight" else value
         parameter.data.copy_(value)
+    return found
 
 
 def parameters_of(
@@ -122,13 +142,19 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
     source = skeleton.folder
     for path in sorted({path for pattern in CARRIED for path in source.glob(pattern)} - {source / n for n in REPLACED}):
         folder.copy(path)
-    formats = {module.path: module.format for module in plan if module.format is not None}
+    formats = {module.path: stored_format(module.format, *module.shape) for module in plan if module.format is not None}
     on_disk = {skeleton.disk_path(path): format for path, format in formats.items()}
-    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, plan))
+    inputs = {
+        skeleton.disk_path(record.path): record.input_format
+        for record in report.modules
+        if record.input_format is not None
+    }
+    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, plan), inputs)
     quantization["quant_method"] = plan.layout
     sidecar = {
         "provenance": report.provenance,
         "formats": {path: format.model_dump(mode="json") for path, format in on_disk.items()},
+        "activations": {path: format.model_dump(mode="json") for path, format in inputs.items()},
         "files": {name: entry["sha256"] for name, entry in folder.finished.items()},
     }
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}

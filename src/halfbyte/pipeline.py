@@ -82,17 +82,23 @@ def quantize(
         for index in range(blocks):
             name = f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
             prefix = f"{run.skeleton.blocks_name}.{index}."
-            formats = plan.formats(prefix)
+            formats, activations = plan.formats(prefix), plan.activations(prefix)
             if name in folder.finished:
+                old = [ModuleRecord.from_json(record) for record in folder.finished[name]["record"]]
                 if quantizer.stream is not None:
+                    chosen = {
+                        record.path.removeprefix(prefix): record.input_format
+                        for record in old
+                        if record.input_format is not None
+                    }
                     block = run.read_block(index)
                     original = copy.deepcopy(block) if quantizer.float_stream else None
-                    restore_block(run.skeleton, folder.folder / name, index, block, formats)
-                    quantizer.step_over(index, block, original)
-                records += [ModuleRecord.from_json(record) for record in folder.finished[name]["record"]]
+                    inputs = restore_block(run.skeleton, folder.folder / name, index, block, formats, chosen)
+                    quantizer.step_over(index, block, original, inputs)
+                records += old
             else:
                 block = run.read_block(index)
-                quantized, new = quantizer.quantize(index, block, formats)
+                quantized, new = quantizer.quantize(index, block, formats, activations)
                 tensors = block_tensors(run.skeleton, run.files, index, block, quantized)
                 folder.write_tensors(name, tensors, [asdict(record) for record in new])
                 records += new

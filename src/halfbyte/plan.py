@@ -13,8 +13,9 @@ from halfbyte.layouts import LAYOUTS
 from halfbyte.models.linearize import TransposedLinear, is_router
 from halfbyte.models.load import Skeleton, WeightFiles
 from halfbyte.numerics.grid import scales_shape
+from halfbyte.numerics.quantized import stored_format
 from halfbyte.recipe import Recipe
-from halfbyte.scheme import FloatScale, WeightFormat
+from halfbyte.scheme import ActivationFormat, FloatScale, WeightFormat
 
 LAYOUT = LAYOUTS["compressed-tensors"]
 
@@ -26,6 +27,7 @@ class ModulePlan:
     path: str
     shape: tuple[int, int]
     format: WeightFormat | None  # None: stays as it is
+    activations: ActivationFormat | None  # of its input, as the recipe has it; None: 16 bit
     bytes_before: int
     bytes_after: int
 
@@ -50,6 +52,14 @@ class Plan:
             if module.format is not None and module.path.startswith(prefix)
         }
 
+    def activations(self, prefix: str) -> dict[str, ActivationFormat]:
+        """Likewise the formats of their inputs, of those that will be quantized."""
+        return {
+            module.path.removeprefix(prefix): module.activations
+            for module in self.modules
+            if module.activations is not None and module.path.startswith(prefix)
+        }
+
     def __iter__(self) -> Iterator[ModulePlan]:
         return iter(self.modules)
 
@@ -60,11 +70,10 @@ def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tupl
     RecipeError where the recipe selects nothing or asks for what cannot be done yet; WeightError, FormatError with the
     module's path where a format does not fit it.
     """
-    if recipe.scheme.activations or recipe.scheme.cache:
-        part = "activations" if recipe.scheme.activations else "cache"
+    if recipe.scheme.cache:
         raise RecipeError(
-            f"recipe {recipe.name!r} asks for quantized {part}, which this version can describe but not produce: remove "
-            f"`scheme.{part}`"
+            f"recipe {recipe.name!r} asks for a quantized cache, which this version can describe but not produce: remove "
+            "`scheme.cache`"
         )
     modules = []
     for index, block in enumerate(skeleton.blocks):
@@ -74,18 +83,18 @@ def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tupl
             if stored not in files:
                 files.read(stored)  # raises, saying which tensor is missing
             size = files.nbytes(stored)
-            format = recipe.format_of(path)
+            format, activations = recipe.format_of(path), recipe.activations_of(path)
             out, columns = linear.out_features, linear.in_features
             if format is not None:
-                format = resolved(format, files.dtype(stored))
-                try:
-                    scales_shape(out, columns, format.granularity)
-                except WeightError as cause:
-                    raise WeightError(f"{path}: {cause}") from cause
-                if reason := LAYOUT.refusal(format, out, columns):
-                    raise FormatError(f"{path}: {reason}")
+                format = resolved(format, files.dtype(stored), activations)
+                check_formats(path, (out, columns), format, activations)
+            elif activations is not None:
+                raise RecipeError(
+                    f"{path}: recipe {recipe.name!r} quantizes its input and not its weight: give `scheme.weights`, or "
+                    "put the module on the `ignore` list"
+                )
             after = size if format is None else packed_bytes(out, columns, format)
-            modules.append(ModulePlan(path, (out, columns), format, size, after))
+            modules.append(ModulePlan(path, (out, columns), format, activations, size, after))
     if not any(module.format for module in modules):
         raise RecipeError(
             f"recipe {recipe.name!r} selects none of the {len(modules)} linears of this model: look at its `ignore` list"
@@ -93,8 +102,26 @@ def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tupl
     return tuple(modules)
 
 
-def resolved(format: WeightFormat, dtype: torch.dtype) -> WeightFormat:
-    """The format with the scale's dtype named: `model` becomes the weight's own."""
+def check_formats(
+    path: str, shape: tuple[int, int], format: WeightFormat, activations: ActivationFormat | None
+) -> None:
+    """WeightError or FormatError, with the path, where the formats do not fit an [out, in] weight or cannot be stored."""
+    try:
+        scales_shape(*shape, format.granularity)
+    except WeightError as cause:
+        raise WeightError(f"{path}: {cause}") from cause
+    if reason := LAYOUT.refusal(stored_format(format, *shape), *shape):
+        raise FormatError(f"{path}: {reason}")
+    if activations is not None and activations.group_size is not None and shape[1] % activations.group_size:
+        raise WeightError(
+            f"{path}: activation groups of {activations.group_size} do not divide its {shape[1]} inputs: choose a divisor"
+        )
+
+
+def resolved(format: WeightFormat, dtype: torch.dtype, activations: ActivationFormat | None = None) -> WeightFormat:
+    """The format with the scale's dtype named (`model` becomes the weight's own), in bytes where integers multiply."""
+    if activations is not None and format.bits == 8:
+        format = format.model_copy(update={"stored": "bytes"})
     if isinstance(format.scale, FloatScale) and format.scale.dtype == "model":
         name = str(dtype).removeprefix("torch.")
         return format.model_copy(update={"scale": FloatScale.model_validate({"dtype": name})})
@@ -103,16 +130,17 @@ def resolved(format: WeightFormat, dtype: torch.dtype) -> WeightFormat:
 
 def packed_bytes(out: int, columns: int, format: WeightFormat) -> int:
     """Bytes of the stored codes, scales and zero points."""
-    rows, groups = scales_shape(out, columns, format.granularity)
+    rows, groups = scales_shape(out, columns, stored_format(format, out, columns).granularity)
     scale = 4 if isinstance(format.scale, FloatScale) and format.scale.dtype == "float32" else 2
     zeros = 0 if format.symmetric else 4 * ceil(rows * format.bits / 32) * groups
     return 4 * out * ceil(columns * format.bits / 32) + scale * rows * groups + zeros + 16
 
 
-def layout_name(skeleton: Skeleton) -> str:
-    """compressed-tensors wherever its readers would find the modules; our own name where they would not (Conv1D)."""
+def layout_name(skeleton: Skeleton, modules: Iterable[ModulePlan]) -> str:
+    """compressed-tensors wherever its readers find the modules (no Conv1D) and run their formats (no outlier split)."""
     transposed = any(isinstance(module, TransposedLinear) for module in skeleton.model.modules())
-    return "halfbyte" if transposed else LAYOUT.name
+    split = any(module.activations is not None and module.activations.outliers is not None for module in modules)
+    return "halfbyte" if transposed or split else LAYOUT.name
 
 
 @dataclass(frozen=True, slots=True)

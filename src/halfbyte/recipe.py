@@ -16,8 +16,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from halfbyte import scheme
 from halfbyte.errors import RecipeError
 from halfbyte.methods import METHODS
-from halfbyte.methods.contract import Rounding, Transform
-from halfbyte.scheme import Scheme, Value, WeightFormat
+from halfbyte.methods.contract import Refinement, Rounding, Transform
+from halfbyte.scheme import ActivationFormat, Scheme, Value, WeightFormat
 
 Step = Annotated[reduce(or_, METHODS.values()), Field(discriminator="method")]
 
@@ -30,7 +30,8 @@ class Recipe(Value):
     scheme: Scheme = Scheme()
     steps: tuple[Step, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Glob on the module's path -> fields of the weight format that differ there; the last match wins."""
+    """Glob on the module's path -> fields of the weight format that differ there, and `activations` with the fields of
+    the activation format that do (null: 16 bit); the last match wins."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Globs on module paths that stay as they are. Embeddings and the head are outside the blocks and always stay."""
     sequential: bool = False
@@ -43,16 +44,20 @@ class Recipe(Value):
     @classmethod
     def _overrides_are_formats(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for fields in overrides.values():
-            WeightFormat.model_validate(WeightFormat().model_dump() | fields)
+            weights = {key: value for key, value in fields.items() if key != "activations"}
+            WeightFormat.model_validate(WeightFormat().model_dump() | weights)
+            if fields.get("activations") is not None:
+                ActivationFormat.model_validate(ActivationFormat().model_dump() | fields["activations"])
         return overrides
 
     @model_validator(mode="after")
     def _steps_fit_the_scheme(self) -> "Recipe":
         if self.scheme.weights is not None:
-            if not self.steps or not isinstance(self.steps[-1], Rounding):
-                raise ValueError("the last step must round the weights: rtn or gptq")
-            if not all(isinstance(step, Transform) for step in self.steps[:-1]):
-                raise ValueError("only the last step rounds; the steps before it must be transforms such as awq")
+            order = [0 if isinstance(step, Transform) else 1 if isinstance(step, Rounding) else 2 for step in self.steps]
+            if order.count(1) != 1:
+                raise ValueError("exactly one step must round the weights: rtn or gptq")
+            if order != sorted(order):
+                raise ValueError("steps go in this order: transforms such as awq, one rounding, refinements such as lkd")
         return self
 
     @property
@@ -61,24 +66,61 @@ class Recipe(Value):
 
     @property
     def rounding(self) -> Rounding:
-        last = self.steps[-1]
-        assert isinstance(last, Rounding)
-        return last
+        return next(step for step in self.steps if isinstance(step, Rounding))
+
+    @property
+    def refinements(self) -> tuple[Refinement, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Refinement))
 
     @property
     def needs_data(self) -> bool:
-        """Whether any step looks at activations."""
-        return bool(self.transforms) or self.rounding.needs_data
+        """Whether any step looks at activations, or a format needs something that only they can tell."""
+        return bool(self.transforms or self.refinements) or self.rounding.needs_data or self.needs_ranges
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether some activation format waits for ranges from calibration."""
+        formats = [self.scheme.activations, *(self._activations(changes) for changes in self.overrides.values())]
+        return any(format.needs_data for format in formats if format is not None)
+
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether some weights are also kept in 16 bit, for the columns that activations single out."""
+        formats = [self.scheme.activations, *(self._activations(changes) for changes in self.overrides.values())]
+        return any(format.outliers is not None and format.outliers.weights == "kept" for format in formats if format)
+
+    @property
+    def needs_float_stream(self) -> bool:
+        """Whether the float model must run beside the quantized one."""
+        return self.rounding.needs_drift or bool(self.refinements)
 
     def format_of(self, path: str) -> WeightFormat | None:
         """The weight format of the module at `path`; None where the recipe leaves it alone."""
-        if self.scheme.weights is None or any(fnmatchcase(path, glob) for glob in self.ignore):
+        if self.scheme.weights is None or self._ignored(path):
             return None
         fields = self.scheme.weights.model_dump()
-        for glob, changes in self.overrides.items():
-            if fnmatchcase(path, glob):
-                fields |= changes
+        for changes in self._changes(path):
+            fields |= {key: value for key, value in changes.items() if key != "activations"}
         return WeightFormat.model_validate(fields)
+
+    def activations_of(self, path: str) -> ActivationFormat | None:
+        """How the input of the module at `path` is quantized; None where it stays in 16 bit."""
+        found = None if self._ignored(path) else self.scheme.activations
+        for changes in self._changes(path):
+            found = self._activations(changes) if "activations" in changes else found
+        return found
+
+    def _activations(self, changes: Mapping[str, Any]) -> ActivationFormat | None:
+        if changes.get("activations") is None:
+            return None
+        whole = self.scheme.activations or ActivationFormat()
+        return ActivationFormat.model_validate(whole.model_dump() | changes["activations"])
+
+    def _changes(self, path: str) -> list[dict[str, Any]]:
+        return [changes for glob, changes in self.overrides.items() if fnmatchcase(path, glob)]
+
+    def _ignored(self, path: str) -> bool:
+        return any(fnmatchcase(path, glob) for glob in self.ignore)
 
     @classmethod
     def load(cls, recipe: "Recipe | str | Path | Mapping[str, Any]") -> "Recipe":

@@ -67,7 +67,7 @@ class Run:
             batch=min(self.samples, max(1, TOKENS_PER_PASS[self.device.type] // self.length)),
             hidden=hidden,
             itemsize=self.dtype.itemsize,
-            streams=int(self.observed) * (2 if self.recipe.rounding.needs_drift else 1),
+            streams=int(self.observed) * (2 if self.recipe.needs_float_stream else 1),
             on_host=self.device.type == "cpu",
             base=self.base_memory,
             outer=sum(self.files.nbytes(name) for name in self.files)
@@ -77,7 +77,7 @@ class Run:
         after = before + sum(module.bytes_after - module.bytes_before for module in self.modules)
         host, device = peak_memory(self.skeleton, self.modules, work)
         seconds = estimate_seconds(self.modules, work, measured_flops(self.device), self.recipe) if with_time else None
-        return Plan(self.modules, layout_name(self.skeleton), before, after, host, device, seconds)
+        return Plan(self.modules, layout_name(self.skeleton, self.modules), before, after, host, device, seconds)
 
     def calibrate(self) -> Calibration | None:
         """The calibration tokens, where the recipe or the user wants any."""
@@ -113,7 +113,7 @@ class Run:
         for _, module in outer_modules(self.skeleton):
             release(module, recurse=False)
         release(self.skeleton.blocks[0])
-        return stream, stream.copy() if self.recipe.rounding.needs_drift else None
+        return stream, stream.copy() if self.recipe.needs_float_stream else None
 
     def home(self, calibration: Calibration) -> torch.device:
         """Hidden states wait on the device while they take less than a quarter of its memory, else in the host's."""

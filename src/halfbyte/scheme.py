@@ -82,13 +82,6 @@ class IntegerScale(Value):
 Scale = Annotated[FloatScale | IntegerScale, Field(discriminator="kind")]
 
 
-class OutlierSplit(Value):
-    """Input columns whose activations reach `threshold` are computed in 16 bit (LLM.int8(), arXiv 2208.07339, section 3)."""
-
-    threshold: float = Field(default=6.0, ge=0)
-    columns: Literal["kept", "dequantized"] = "kept"
-
-
 class WeightFormat(Value):
     """How a weight matrix is stored."""
 
@@ -96,7 +89,14 @@ class WeightFormat(Value):
     convention: Convention = Convention.GPTQ
     granularity: Granularity = PerGroup(size=128)
     scale: Scale = FloatScale()
-    outliers: OutlierSplit | None = None
+    stored: Literal["words", "bytes"] = "words"
+    """int32 words hold codes of any width; bytes hold one signed code each, as integer matrix products read them."""
+
+    @model_validator(mode="after")
+    def _bytes_hold_eight_bits(self) -> "WeightFormat":
+        if self.stored == "bytes" and self.bits != 8:
+            raise ValueError(f"stored: bytes is for 8 bits, not {self.bits}: leave it at words")
+        return self
 
     @property
     def symmetric(self) -> bool:
@@ -149,6 +149,17 @@ class WeightFormat(Value):
         return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {where}{scale}"
 
 
+class OutlierSplit(Value):
+    """Input columns that reach `threshold` are multiplied in 16 bit (LLM.int8(), arXiv 2208.07339, section 3.2)."""
+
+    threshold: float = Field(default=6.0, ge=0)
+    """0: no column is split off."""
+    columns: Literal["dynamic", "static"] = "dynamic"
+    """Found anew in every call, as the paper does; or once, on the calibration text."""
+    weights: Literal["dequantized", "kept"] = "dequantized"
+    """The split columns' weights: decoded from their codes (bitsandbytes), or as the model had them (the paper)."""
+
+
 class ActivationFormat(Value):
     """How a linear's input is quantized at run time."""
 
@@ -157,6 +168,28 @@ class ActivationFormat(Value):
     granularity: Literal["token", "tensor", "group"] = "token"
     group_size: int | None = Field(default=None, ge=1)
     dynamic: bool = True
+    outliers: OutlierSplit | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration must find something: a static scale, or the static set of outlier columns."""
+        return not self.dynamic or (self.outliers is not None and self.outliers.columns == "static")
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return 1 - 2 ** (self.bits - 1) if self.symmetric else -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        where = {"token": "per token", "tensor": "per tensor", "group": f"g{self.group_size}"}[self.granularity]
+        kind = "" if self.symmetric else " asym"
+        split = f" split at {self.outliers.threshold:g}" if self.outliers else ""
+        return f"a{self.bits}{kind} {where}{'' if self.dynamic else ' static'}{split}"
 
     @model_validator(mode="after")
     def _group_size_belongs_to_groups(self) -> "ActivationFormat":
@@ -164,6 +197,10 @@ class ActivationFormat(Value):
             raise ValueError("group_size goes with granularity: group, and only with it")
         if self.granularity == "token" and not self.dynamic:
             raise ValueError("per-token scales are known only at run time: set dynamic: true, or granularity: tensor")
+        if self.granularity == "group" and not (self.dynamic and self.symmetric):
+            raise ValueError("activations in groups have dynamic symmetric scales: set dynamic and symmetric to true")
+        if self.outliers is not None and (self.granularity != "token" or self.bits != 8):
+            raise ValueError("outliers are split from 8-bit activations with granularity: token")
         return self
 
 

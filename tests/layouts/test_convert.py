@@ -158,12 +158,12 @@ def test_a_refusal_names_module_reason_and_remedy_and_writes_nothing(tmp_path, f
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_quantized_activations_are_not_dropped_silently(tmp_path):
+def test_quantized_inputs_are_not_dropped_silently(tmp_path):
     checkpoint(tmp_path / "source", INT4)
     config = json.loads((tmp_path / "source" / "config.json").read_text())["quantization_config"]
     config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
     reconfigure(tmp_path / "source", **config)
-    with pytest.raises(FormatError, match="asks for quantized activations"):
+    with pytest.raises(FormatError, match="no place for quantized inputs"):
         export(tmp_path / "source", "gptq", tmp_path / "output")
 
 

@@ -16,7 +16,6 @@ from halfbyte.scheme import (
     FloatScale,
     GroupCount,
     IntegerScale,
-    OutlierSplit,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -75,12 +74,11 @@ def test_the_scale_dtype_model_becomes_the_stored_one(layout):
     ("change", "word"),
     [
         ({"scale": IntegerScale(amplifier=512)}, "S/512"),
-        ({"outliers": OutlierSplit(threshold=6.0)}, "16 bit"),
         ({"granularity": GroupCount(count=4)}, "flattened"),
         ({"granularity": PerGroup(size=40)}, "40 does not divide"),
         ({"convention": Convention.OMNIQUANT}, "beyond 4 bits"),
     ],
-    ids=["integer-scales", "outliers", "group-count", "ragged-groups", "omniquant"],
+    ids=["integer-scales", "group-count", "ragged-groups", "omniquant"],
 )
 def test_what_cannot_be_said_is_refused_with_a_remedy(layout, change, word):
     format = INT4.model_copy(update=change)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from halfbyte.numerics.precision import exact_bfloat16_products
 
+ROWS_PER_PASS = 64
+
 
 @dataclass(slots=True)
 class InputStatistics:
@@ -22,9 +24,10 @@ class InputStatistics:
     absolute_sum: Float[Tensor, "in"]
     minimum: Float[Tensor, "in"]
     maximum: Float[Tensor, "in"]
+    rows: Float[Tensor, "rows in"]  # some of the inputs themselves, evenly drawn, float32
     tokens: int = 0
     drift: Float[Tensor, "in in"] | None = None  # (F - X)ᵀX: F are the inputs the float model has in X's place
-    magnitudes: bool = True  # whether the four vectors are gathered: on a CPU they cost half of a Gram matrix
+    magnitudes: bool = True  # whether vectors and rows are gathered: on a CPU they cost half of a Gram matrix
 
     @classmethod
     def empty(
@@ -39,6 +42,7 @@ class InputStatistics:
             absolute_sum=vector(0),
             minimum=vector(torch.inf),
             maximum=vector(-torch.inf),
+            rows=torch.empty(0, width, device=device),
             drift=torch.zeros(width, width, device=device) if drift else None,
             magnitudes=magnitudes,
         )
@@ -62,6 +66,7 @@ class InputStatistics:
         self.absolute_sum += inputs.abs().sum(dim=0, dtype=torch.float32)
         self.minimum = torch.minimum(self.minimum, low)
         self.maximum = torch.maximum(self.maximum, high)
+        self.rows = torch.cat([self.rows, inputs[:: max(1, len(inputs) // ROWS_PER_PASS)].float()])
 
     def merge(self, other: "InputStatistics") -> None:
         """Add what another walk has seen. Edits in place."""
@@ -72,6 +77,7 @@ class InputStatistics:
         self.absolute_sum += other.absolute_sum
         self.minimum = torch.minimum(self.minimum, other.minimum)
         self.maximum = torch.maximum(self.maximum, other.maximum)
+        self.rows = torch.cat([self.rows, other.rows])
         self.tokens += other.tokens
 
     def divide(self, scale: Float[Tensor, "in"]) -> None:
@@ -80,7 +86,7 @@ class InputStatistics:
         self.gram /= scale[:, None] * scale
         if self.drift is not None:
             self.drift /= scale[:, None] * scale
-        for statistic in (self.absolute_max, self.absolute_sum, self.minimum, self.maximum):
+        for statistic in (self.absolute_max, self.absolute_sum, self.minimum, self.maximum, self.rows):
             statistic /= scale
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.errors import CalibrationError, ModelError
+from halfbyte.numerics.activations import InputQuantizer, simulate
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments without its hidden states
 SharedInput = tuple[str, ...]  # names of the linears of a block that read one and the same tensor
@@ -37,7 +38,7 @@ class Stream:
     unwrap: Callable[[Any], Tensor]
     device: torch.device  # where blocks run
 
-    def run(self, block: nn.Module, index: int, batch: int) -> Float[Tensor, "samples length hidden"]:
+    def run(self, block: Callable[..., Any], index: int, batch: int) -> Float[Tensor, "samples length hidden"]:
         """The output of a block that stands at place `index`, for one batch."""
         args, kwargs = self.calls[batch][index]
         return self.unwrap(block(self.hidden[batch].to(self.device), *args, **kwargs))
@@ -150,6 +151,25 @@ def watching(modules: Mapping[str, nn.Module], notice: Callable[[str, Tensor], N
                 notice(name, args[0])
 
             stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def quantizing_inputs(block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> Iterator[None]:
+    """Let these linears compute with quantized inputs, for as long as the block lasts."""
+    with ExitStack() as stack:
+        for name, quantizer in inputs.items():
+
+            def hook(
+                _module: nn.Module, args: tuple[Any, ...], quantizer: InputQuantizer = quantizer
+            ) -> tuple[Any, ...]:
+                inputs = args[0]
+                seen = simulate(inputs.detach(), quantizer)
+                if torch.is_grad_enabled() and inputs.requires_grad:
+                    seen = inputs + (seen - inputs).detach()  # rounding has no slope: gradients pass straight through
+                return seen, *args[1:]
+
+            stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.layouts.layout import (
+    NONE_QUANTIZED,
     check_stored,
     common_refusal,
     exact_scales,
@@ -25,13 +26,14 @@ from halfbyte.layouts.layout import (
     require_some,
     resolved,
     unsigned_codes,
+    weights_only,
     whole_zero_points,
 )
 from halfbyte.layouts.targets import family
 from halfbyte.numerics.grid import SCALE_DTYPES, Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import awq_words
-from halfbyte.scheme import Convention, PerChannel, PerGroup, PerTensor, WeightFormat
+from halfbyte.scheme import ActivationFormat, Convention, PerChannel, PerGroup, PerTensor, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,10 @@ class Awq:
 
     name: str = "awq"
     suffixes: tuple[str, ...] = ("qweight", "qzeros", "scales")
+
+    def names(self, format: WeightFormat) -> tuple[str, ...]:  # noqa: ARG002
+        """See Layout."""
+        return self.suffixes
 
     def refusal(self, format: WeightFormat, out: int, columns: int) -> str | None:
         """See Layout."""
@@ -109,11 +115,17 @@ class Awq:
         )
         return out, columns
 
-    def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self,
+        formats: Mapping[str, WeightFormat],
+        ignored: Sequence[str],
+        activations: Mapping[str, ActivationFormat] = NONE_QUANTIZED,
+    ) -> dict[str, Any]:
         """See Layout. FormatError unless all groups have one size, or where the name of an ignored module is part of
         a quantized one's, which readers would skip too.
         """
         require_some(formats, self.name)
+        weights_only(activations, self.name)
         sizes = {_group_size(format): path for path, format in formats.items()}
         if len(sizes) > 1:
             told = ", ".join(f"{size} ({path})" for size, path in sizes.items())
@@ -151,6 +163,10 @@ class Awq:
         )
         skipped = config.get("modules_to_not_convert") or ()
         return {path: format for path in modules if not any(entry in path for entry in skipped)}
+
+    def activations(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, ActivationFormat]:  # noqa: ARG002
+        """See Layout."""
+        return {}
 
     def beyond_weights(self, config: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
         """See Layout."""

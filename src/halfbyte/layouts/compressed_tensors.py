@@ -1,11 +1,18 @@
-"""compressed-tensors, format `pack-quantized`: what transformers, vLLM and SGLang read with no code of ours.
+"""compressed-tensors, formats `pack-quantized` and `int-quantized`: what transformers, vLLM and SGLang read as it is.
 
-Tensors of a linear layer [out, in], codes unsigned and packed as in packing/int32_words.py:
+Tensors of a linear layer [out, in]; per channel there is one group, and one scale per tensor is [1]:
 
-    weight_packed      int32  [out, words]     runs along `in`
-    weight_scale       float  [out, groups]    per channel [out, 1], per tensor [1]
-    weight_shape       int64  [2]              out, in
-    weight_zero_point  int32  [words, groups]  packed along `out`; asymmetric formats only
+    pack-quantized (`stored: words`), codes unsigned and packed as in packing/int32_words.py
+        weight_packed      int32  [out, words]     runs along `in`
+        weight_scale       float  [out, groups]
+        weight_shape       int64  [2]              out, in
+        weight_zero_point  int32  [words, groups]  packed along `out`; asymmetric formats only
+    int-quantized (`stored: bytes`), codes signed: an asymmetric code c is stored as c - 128
+        weight             int8   [out, in]
+        weight_scale       float  [out, groups]
+        weight_zero_point  int8   [out, groups]    the zero point - 128; asymmetric formats only
+
+What a module's input needs lies beside them: layouts/inputs.py.
 
 The configuration names formats by config groups, each with its targets: a class name, a path, or `re:` and a regular
 expression. Only the keys that every reader knows are written: an unknown one makes compressed-tensors refuse the file.
@@ -13,15 +20,18 @@ expression. Only the keys that every reader knows are written: an unknown one ma
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int8, UInt8
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
+from halfbyte.layouts import inputs
 from halfbyte.layouts.layout import (
+    NONE_QUANTIZED,
     Stored,
     check_stored,
     common_refusal,
@@ -41,9 +51,10 @@ from halfbyte.layouts.targets import patterns
 from halfbyte.numerics.grid import Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import int32_words
-from halfbyte.scheme import Convention, PerChannel, PerGroup, PerTensor, WeightFormat
+from halfbyte.scheme import ActivationFormat, Convention, PerChannel, PerGroup, PerTensor, WeightFormat
 
-PACKED = "pack-quantized"
+PACKED, BYTES = "pack-quantized", "int-quantized"
+WORDS = ("weight_packed", "weight_scale", "weight_shape")
 FOLLOWS = "0.20.0"  # the version of compressed-tensors whose format this is
 
 
@@ -52,7 +63,12 @@ class CompressedTensors:
     """The layout; it has no options."""
 
     name: str = "compressed-tensors"
-    suffixes: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    suffixes: tuple[str, ...] = ("weight_scale", "weight_packed", "weight_shape", "weight_zero_point", *inputs.SUFFIXES)
+
+    def names(self, format: WeightFormat) -> tuple[str, ...]:
+        """See Layout."""
+        codes = ("weight", "weight_scale") if format.stored == "bytes" else WORDS
+        return codes if format.symmetric else (*codes, "weight_zero_point")
 
     def refusal(self, format: WeightFormat, out: int, columns: int) -> str | None:
         """See Layout."""
@@ -62,8 +78,10 @@ class CompressedTensors:
 
     def caveat(self, format: WeightFormat) -> str | None:
         """See Layout."""
-        if format.granularity == PerTensor():
+        if format.granularity == PerTensor() and format.stored == "words":
             return "vLLM reads one scale per channel or group, not one per tensor"
+        if format.stored == "bytes" and (not format.symmetric or isinstance(format.granularity, PerGroup)):
+            return "vLLM multiplies int8 weights with one symmetric scale per channel or tensor"
         if format.bits not in (2, 4, 8):
             return f"transformers reads {format.bits} bits with compressed-tensors 0.19 or later: 0.17 packed otherwise"
         if not format.symmetric:
@@ -74,6 +92,9 @@ class CompressedTensors:
         """See Layout."""
         out, columns = weight.codes.shape
         require(self.refusal(weight.format, out, columns), self.name)
+        if weight.format.stored == "bytes":
+            codes = signed(unsigned_codes(weight)).cpu().contiguous()
+            return {"weight": codes, **self.write_grid(weight.grid, weight.format)}
         return {
             "weight_packed": int32_words.pack(unsigned_codes(weight), weight.format.bits).cpu(),
             "weight_shape": torch.tensor([out, columns], dtype=torch.int64),
@@ -86,13 +107,17 @@ class CompressedTensors:
         tensors = {"weight_scale": (scales.flatten() if format.granularity == PerTensor() else scales).contiguous()}
         if not format.symmetric:
             points = whole_zero_points(grid, format)
-            tensors["weight_zero_point"] = int32_words.pack_zero_points(points, format.bits).cpu().contiguous()
+            packed = signed(points) if format.stored == "bytes" else int32_words.pack_zero_points(points, format.bits)
+            tensors["weight_zero_point"] = packed.cpu().contiguous()
         return tensors
 
     def read(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> QuantizedWeight:
         """See Layout."""
         _, columns = self.shape(tensors, format)
-        stored = int32_words.unpack(tensors["weight_packed"], format.bits, columns)
+        if format.stored == "bytes":
+            stored = unsigned(tensors["weight"])
+        else:
+            stored = int32_words.unpack(tensors["weight_packed"], format.bits, columns)
         grid, format = self.read_grid(tensors, format)
         return QuantizedWeight(own_codes(stored, format), grid, format)
 
@@ -104,11 +129,16 @@ class CompressedTensors:
         scales = stored.to(torch.float32).reshape(scales_shape(out, columns, format.granularity))
         if format.symmetric:
             return Grid(scales), format
-        points = int32_words.unpack_zero_points(tensors["weight_zero_point"], format.bits, out)
+        points = tensors["weight_zero_point"]
+        points = (
+            unsigned(points) if format.stored == "bytes" else int32_words.unpack_zero_points(points, format.bits, out)
+        )
         return Grid(scales, points.to(torch.float32)), format
 
     def shape(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[int, int]:
         """See Layout."""
+        if format.stored == "bytes":
+            return self._shape_of_bytes(tensors, format)
         stated = present(tensors, "weight_shape")
         if stated.is_floating_point() or stated.shape != (2,) or int(stated.min()) < 1:
             raise CheckpointError(f"weight_shape is {stated.tolist()}, not two sizes: download the checkpoint again")
@@ -124,18 +154,37 @@ class CompressedTensors:
         check_stored(tensors, expected)
         return out, columns
 
-    def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
+    def _shape_of_bytes(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[int, int]:
+        stated = present(tensors, "weight").shape
+        if len(stated) != 2:
+            raise CheckpointError(f"weight is {list(stated)}, not [out, in]: download the checkpoint again")
+        out, columns = stated
+        expect(self.refusal(format, out, columns), self.name, out, columns)
+        grid = scales_shape(out, columns, format.granularity)
+        scales = ((1,) if format.granularity == PerTensor() else grid, scale_dtypes(format))
+        expected: dict[str, Stored] = {"weight": ((out, columns), (torch.int8,)), "weight_scale": scales}
+        if not format.symmetric:
+            expected["weight_zero_point"] = (grid, (torch.int8,))
+        check_stored(tensors, expected)
+        return out, columns
+
+    def config(
+        self,
+        formats: Mapping[str, WeightFormat],
+        ignored: Sequence[str],
+        activations: Mapping[str, ActivationFormat] = NONE_QUANTIZED,
+    ) -> dict[str, Any]:
         """See Layout. Formats that differ in convention or scale dtype alone share a group: readers see no difference.
 
         Several groups never use the target `Linear`: vLLM would take it for every fused layer (q, k and v in one).
         """
         require_some(formats, self.name)
         members: dict[str, list[str]] = defaultdict(list)
-        weights: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for path, format in formats.items():
-            arguments = _arguments(format)
-            members[str(arguments)].append(path)
-            weights[str(arguments)] = arguments
+            entry = _entry(format, activations.get(path))
+            members[str(entry)].append(path)
+            entries[str(entry)] = entry
         groups = {}
         for index, key in enumerate(sorted(members, key=lambda key: -len(members[key]))):
             targets = ["Linear"]
@@ -145,16 +194,11 @@ class CompressedTensors:
                     members[key], [*(path for path in formats if path not in mine), *ignored]
                 )
                 targets = [f"re:{expression}" for expression in expressions] + single
-            groups[f"group_{index}"] = {
-                "targets": targets,
-                "format": PACKED,
-                "weights": weights[key],
-                "input_activations": None,
-                "output_activations": None,
-            }
+            groups[f"group_{index}"] = {"targets": targets, **entries[key]}
+        forms = {group["format"] for group in groups.values()}
         return {
             "quant_method": "compressed-tensors",
-            "format": PACKED,
+            "format": forms.pop() if len(forms) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "version": FOLLOWS,
             "config_groups": groups,
@@ -167,23 +211,30 @@ class CompressedTensors:
 
     def formats(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, WeightFormat]:
         """See Layout. Paths go before expressions before class names, as the library itself decides."""
+        return self._chosen(config, modules, lambda name, group: _format(name, group, config.get("format")))
+
+    def activations(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, ActivationFormat]:
+        """See Layout."""
+        return self._chosen(config, modules, lambda _name, group: inputs.activation_format(group))
+
+    def _chosen(
+        self, config: Mapping[str, Any], modules: Sequence[str], read: Callable[[str, Mapping[str, Any]], Any]
+    ) -> dict[str, Any]:
+        """What `read` makes of the config group of each module; modules of which it is None are left out."""
         ignored = _Targets(dict.fromkeys(config.get("ignore") or (), True))
         groups = config.get("config_groups") or {}
         targets = _Targets({target: name for name, group in groups.items() for target in _targets(name, group)})
         chosen = {path: targets.of(path) for path in modules if not ignored.of(path)}
         found = {
-            name: _format(name, groups[name], config.get("format"))
-            for name in sorted({name for name in chosen.values() if name is not None})
+            name: read(name, groups[name]) for name in sorted({name for name in chosen.values() if name is not None})
         }
-        return {
-            path: format for path, name in chosen.items() if name is not None and (format := found[name]) is not None
-        }
+        return {path: found[name] for path, name in chosen.items() if name is not None and found[name] is not None}
 
     def beyond_weights(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """See Layout."""
         groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
         asked = {
-            "quantized activations": any(g.get("input_activations") or g.get("output_activations") for g in groups),
+            "quantized outputs": any(group.get("output_activations") for group in groups),
             "a quantized cache": bool(config.get("kv_cache_scheme")),
             "online rotations": bool((config.get("transform_config") or {}).get("config_groups")),
             "sparsity": bool(config.get("sparsity_config") or config.get("moe_sparsity_config")),
@@ -220,6 +271,29 @@ def _targets(name: str, group: Any) -> Sequence[str]:
     return group.get("targets") or ()
 
 
+def signed(codes: UInt8[Tensor, "*shape"]) -> Int8[Tensor, "*shape"]:
+    """Unsigned codes, less 128."""
+    return (codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def unsigned(codes: Int8[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """The inverse of `signed`."""
+    return (codes.to(torch.int16) + 128).to(torch.uint8)
+
+
+def _entry(format: WeightFormat, activations: ActivationFormat | None) -> dict[str, Any]:
+    """A config group without its targets."""
+    entry: dict[str, Any] = {
+        "format": BYTES if format.stored == "bytes" else PACKED,
+        "weights": _arguments(format),
+        "input_activations": None if activations is None else inputs.input_arguments(activations),
+        "output_activations": None,
+    }
+    if activations is not None and activations.outliers is not None:
+        entry["outliers"] = activations.outliers.model_dump()
+    return entry
+
+
 def _arguments(format: WeightFormat) -> dict[str, Any]:
     """The `weights` entry of a config group: compressed-tensors' QuantizationArgs."""
     granularity = format.granularity
@@ -244,11 +318,12 @@ def _format(name: str, group: Mapping[str, Any], default: str | None) -> WeightF
     granularity = {"tensor": PerTensor(), "channel": PerChannel()}.get(strategy)
     if strategy == "group" and isinstance(size, int) and size > 0:
         granularity = PerGroup(size=size)
-    if form != PACKED or kind != "int" or granularity is None or bits not in range(2, 9):
+    readable = form == PACKED or (form == BYTES and bits == 8)
+    if not readable or kind != "int" or granularity is None or bits not in range(2, 9):
         raise CheckpointError(
             f"config group {name!r} holds {form} weights of type {kind}, {bits} bits, one scale per {strategy}: "
-            f"halfbyte reads {PACKED} integers of 2 to 8 bits per group, channel or tensor; use the program that wrote "
-            "them"
+            f"halfbyte reads {PACKED} integers of 2 to 8 bits and {BYTES} ones of 8, per group, channel or tensor; use "
+            "the program that wrote them"
         )
     if weights.get("actorder") in ("group", "dynamic", True):
         raise CheckpointError(
@@ -256,4 +331,4 @@ def _format(name: str, group: Mapping[str, Any], default: str | None) -> WeightF
             "scattered, which current readers refuse: quantize again with actorder static, or none"
         )
     convention = Convention.GPTQ if weights.get("symmetric", True) else Convention.ASYMMETRIC
-    return WeightFormat(bits=bits, convention=convention, granularity=granularity)
+    return WeightFormat(bits=bits, convention=convention, granularity=granularity, stored="bytes" if form == BYTES else "words")

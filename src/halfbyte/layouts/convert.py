@@ -15,7 +15,7 @@ from halfbyte.layouts import LAYOUTS, layout_of
 from halfbyte.layouts.folder import OutputFolder, sha256
 from halfbyte.layouts.layout import Layout, require, resolved
 from halfbyte.layouts.shards import CONFIG, INDEX, SIDECAR, Shards, model_config, model_dtype, quantization_config
-from halfbyte.scheme import FloatScale, WeightFormat
+from halfbyte.scheme import ActivationFormat, FloatScale, WeightFormat
 
 SHOWN = 3  # of many problems
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json")  # what AutoGPTQ and AutoAWQ kept beside config.json
@@ -30,6 +30,7 @@ class Source:
     layout: Layout
     shards: Shards
     formats: dict[str, WeightFormat]
+    activations: dict[str, ActivationFormat]
     ignored: list[str]  # linear layers (and embeddings, which no reader minds) that stay as they are
 
 
@@ -79,7 +80,7 @@ def open_source(folder: Path) -> Source:
     stated = section.get("ignore") or section.get("modules_to_not_convert") or ()
     names = [*shards.matrices(), *(name for name in stated if not name.startswith("re:")), "lm_head"]
     ignored = [path for path in dict.fromkeys(names) if path not in formats]
-    return Source(folder, config, layout, shards, formats, ignored)
+    return Source(folder, config, layout, shards, formats, layout.activations(section, quantized), ignored)
 
 
 def new_config(source: Source, target: Layout) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def new_config(source: Source, target: Layout) -> dict[str, Any]:
         raise FormatError(f"{source.folder} is in the layout {target.name} already: copy the folder")
     refused: dict[str, list[str]] = defaultdict(list)
     for path, format in source.formats.items():
-        tensors = source.shards.module(path, source.layout.suffixes)
+        tensors = source.shards.module(path, source.layout.names(format))
         try:
             require(target.refusal(format, *source.layout.shape(tensors, format)), target.name)
             grid, stored = source.layout.read_grid(tensors, format)
@@ -100,7 +101,7 @@ def new_config(source: Source, target: Layout) -> dict[str, Any]:
     if refused:
         raise FormatError(told(refused))
     kept = {key: value for key, value in source.config.items() if key != "compression_config"}
-    return kept | {"quantization_config": target.config(source.formats, source.ignored)}
+    return kept | {"quantization_config": target.config(source.formats, source.ignored, source.activations)}
 
 
 def told(refused: dict[str, list[str]]) -> str:
@@ -129,9 +130,10 @@ def write_shards(source: Source, target: Layout, output: OutputFolder) -> None:
         tensors: dict[str, Tensor] = {}
         for name in names:
             path, _, suffix = name.rpartition(".")
-            if path not in source.formats or suffix not in source.layout.suffixes:
+            stored = source.layout.names(source.formats[path]) if path in source.formats else ()
+            if suffix not in stored:
                 tensors[name] = source.shards.read(name)
-            elif suffix == source.layout.suffixes[0]:
+            elif suffix == next(iter(stored)):
                 tensors |= converted(source, target, path)
         output.write_tensors(file, tensors, None)
         output.flush()  # one shard in memory
@@ -143,7 +145,8 @@ def write_shards(source: Source, target: Layout, output: OutputFolder) -> None:
 
 def converted(source: Source, target: Layout, path: str) -> dict[str, Tensor]:
     """One module's tensors in the new layout, by full name."""
-    weight = source.layout.read(source.shards.module(path, source.layout.suffixes), source.formats[path])
+    format = source.formats[path]
+    weight = source.layout.read(source.shards.module(path, source.layout.names(format)), format)
     weight = type(weight)(weight.codes, weight.grid, written_format(source, target, weight.format))
     return {f"{path}.{suffix}": tensor for suffix, tensor in target.write(weight).items()}
 

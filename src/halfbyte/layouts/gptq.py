@@ -16,6 +16,7 @@ from torch import Tensor
 
 from halfbyte.errors import CheckpointError
 from halfbyte.layouts.layout import (
+    NONE_QUANTIZED,
     check_stored,
     common_refusal,
     exact_scales,
@@ -27,6 +28,7 @@ from halfbyte.layouts.layout import (
     require_some,
     resolved,
     unsigned_codes,
+    weights_only,
     whole_zero_points,
 )
 from halfbyte.layouts.targets import family, patterns
@@ -34,7 +36,7 @@ from halfbyte.numerics.grid import SCALE_DTYPES, Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import gptq_words
 from halfbyte.packing.gptq_words import Version
-from halfbyte.scheme import Convention, PerChannel, PerGroup, PerTensor, WeightFormat
+from halfbyte.scheme import ActivationFormat, Convention, PerChannel, PerGroup, PerTensor, WeightFormat
 
 # vLLM runs these as one layer and looks for rules under its name
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -51,6 +53,10 @@ class Gptq:
     def name(self) -> str:
         """`gptq` or `gptq_v2`; the quant_method of both is `gptq`."""
         return "gptq" if self.version == 1 else "gptq_v2"
+
+    def names(self, format: WeightFormat) -> tuple[str, ...]:  # noqa: ARG002
+        """See Layout."""
+        return self.suffixes
 
     def refusal(self, format: WeightFormat, out: int, columns: int) -> str | None:
         """See Layout."""
@@ -133,9 +139,15 @@ class Gptq:
         check_stored(tensors, expected)
         return out, columns
 
-    def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self,
+        formats: Mapping[str, WeightFormat],
+        ignored: Sequence[str],
+        activations: Mapping[str, ActivationFormat] = NONE_QUANTIZED,
+    ) -> dict[str, Any]:
         """See Layout. The commonest format is the base; modules of others and skipped ones have rules in `dynamic`."""
         require_some(formats, self.name)
+        weights_only(activations, self.name)
         settings = {path: _settings(format) for path, format in formats.items()}
         base = dict(Counter(tuple(entry.items()) for entry in settings.values()).most_common(1)[0][0])
         in_blocks = sorted({_within_block(path) for path in formats if family(path)})
@@ -181,6 +193,10 @@ class Gptq:
             if selected and rule is not None:
                 found[path] = _format({**config, **rule})
         return found
+
+    def activations(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, ActivationFormat]:  # noqa: ARG002
+        """See Layout."""
+        return {}
 
     def beyond_weights(self, config: Mapping[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
         """See Layout."""

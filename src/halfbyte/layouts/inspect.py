@@ -12,10 +12,12 @@ import torch
 from halfbyte.errors import HalfbyteError
 from halfbyte.layouts import layout_of
 from halfbyte.layouts.folder import sha256
+from halfbyte.layouts.inputs import SUFFIXES as INPUT_SUFFIXES
+from halfbyte.layouts.inputs import read_inputs
 from halfbyte.layouts.layout import Layout
 from halfbyte.layouts.shards import SIDECAR, Shards, model_config, quantization_config
 from halfbyte.layouts.targets import family
-from halfbyte.scheme import WeightFormat
+from halfbyte.scheme import ActivationFormat, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +61,19 @@ def inspect(folder: str | Path, *, linears: Sequence[str] = (), hashes: bool = T
     config, shards = model_config(folder), Shards(folder)
     problems = list(shards.problems)
     section = quantization_config(config)
-    layout, formats = None, {}
+    layout, formats, activations = None, {}, {}
     if section is not None:
         try:
             layout = layout_of(section)
-            formats = layout.formats(section, candidates(layout, section, shards, linears))
+            paths = candidates(layout, section, shards, linears)
+            formats, activations = layout.formats(section, paths), layout.activations(section, paths)
         except HalfbyteError as cause:
             problems.append(str(cause))
     modules = []
     quantized = 0
     suffixes = layout.suffixes if layout else ()
     for path, format in formats.items():
-        found = inspect_module(layout, shards, path, format) if layout else None
+        found = inspect_module(layout, shards, path, format, activations.get(path)) if layout else None
         if isinstance(found, InspectedModule):
             modules.append(found)
             quantized += found.shape[0] * found.shape[1]
@@ -83,7 +86,7 @@ def inspect(folder: str | Path, *, linears: Sequence[str] = (), hashes: bool = T
     ]
     if hashes:
         problems += wrong_hashes(folder)
-    packed = {f"{path}.{suffix}" for path in formats for suffix in suffixes}
+    packed = {f"{path}.{suffix}" for path in formats for suffix in (*suffixes, "weight")}
     plain = sum(shards.read(name).numel() for name in shards.place if name not in packed)
     bits = sum(module.bits_per_weight * module.shape[0] * module.shape[1] for module in modules)
     stored = sum(shards.read(name).nbytes for name in shards.place)
@@ -111,21 +114,26 @@ def candidates(layout: Layout, section: dict[str, Any], shards: Shards, linears:
     return list(dict.fromkeys(found))
 
 
-def inspect_module(layout: Layout, shards: Shards, path: str, format: WeightFormat) -> InspectedModule | str:
+def inspect_module(
+    layout: Layout, shards: Shards, path: str, format: WeightFormat, activations: ActivationFormat | None
+) -> InspectedModule | str:
     """What is there of a module that config.json calls quantized, or what is wrong with it."""
-    tensors = shards.module(path, layout.suffixes)
-    if not tensors:
+    tensors = shards.module(path, (*layout.names(format), *INPUT_SUFFIXES))
+    if not any(suffix in tensors for suffix in layout.suffixes):
         there = "is a plain matrix" if f"{path}.weight" in shards.place else "has no tensors"
         return f"{path} {there}, although config.json says that it is {format}"
     try:
         out, columns = layout.shape(tensors, format)
         grid, format = layout.read_grid(tensors, format)
+        if activations is not None:
+            read_inputs(tensors, activations, out, columns)
     except HalfbyteError as cause:
         return f"{path}: {cause}"
     if not torch.isfinite(grid.scales).all():
         return f"{path}: {int((~torch.isfinite(grid.scales)).sum())} scales are NaN or Inf"
     size = sum(tensor.nbytes for tensor in tensors.values())
-    return InspectedModule(path, str(format), (out, columns), 8 * size / (out * columns))
+    name = str(format) + (f", {activations}" if activations else "")
+    return InspectedModule(path, name, (out, columns), 8 * size / (out * columns))
 
 
 def wrong_hashes(folder: Path) -> list[str]:

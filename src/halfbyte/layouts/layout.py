@@ -5,6 +5,7 @@ as it is. Nothing is ever rounded on the way in or out; what a layout cannot hol
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from halfbyte.errors import CheckpointError, FormatError, WeightError
 from halfbyte.numerics.grid import SCALE_DTYPES, Grid, code_dtype, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
-from halfbyte.scheme import Convention, FloatScale, GroupCount, IntegerScale, WeightFormat
+from halfbyte.scheme import ActivationFormat, Convention, FloatScale, GroupCount, IntegerScale, WeightFormat
+
+NONE_QUANTIZED: Mapping[str, ActivationFormat] = MappingProxyType({})
 
 Stored = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 """Shape of a stored tensor and the types that it may have."""
@@ -31,7 +34,11 @@ class Layout(Protocol):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """The tensors of a quantized module, the packed codes first; `bias` is not among them."""
+        """The tensors that only quantized modules have, first one that all of them have; not `bias` and `weight`."""
+        ...
+
+    def names(self, format: WeightFormat) -> tuple[str, ...]:
+        """The tensors of a weight of this format, the codes first."""
         ...
 
     def refusal(self, format: WeightFormat, out: int, columns: int) -> str | None:
@@ -68,10 +75,16 @@ class Layout(Protocol):
         """
         ...
 
-    def config(self, formats: Mapping[str, WeightFormat], ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self,
+        formats: Mapping[str, WeightFormat],
+        ignored: Sequence[str],
+        activations: Mapping[str, ActivationFormat] = NONE_QUANTIZED,
+    ) -> dict[str, Any]:
         """`quantization_config` of config.json. `ignored`: paths of the linear layers that are not quantized.
 
-        FormatError where there are no formats, or the layout cannot tell them apart.
+        `activations`: of the layers among `formats` whose inputs are quantized. FormatError where there are no formats,
+        or the layout cannot tell them apart or cannot say them.
         """
         ...
 
@@ -82,15 +95,17 @@ class Layout(Protocol):
         """
         ...
 
+    def activations(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, ActivationFormat]:
+        """Which of the linear layers `modules` get quantized inputs, and how. CheckpointError for what we cannot read."""
+        ...
+
     def beyond_weights(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """What a configuration asks for besides weights: activations, caches, rotations."""
+        """What a configuration asks for besides weights and inputs: caches, rotations, sparsity."""
         ...
 
 
 def common_refusal(format: WeightFormat, out: int, columns: int) -> str | None:
     """What no layout of other people's can say; None where nothing of that kind is in the way."""
-    if format.outliers is not None:
-        return "it has no place for columns kept in 16 bit: choose a format without `outliers`"
     if isinstance(format.scale, IntegerScale):
         return f"its scales are floating-point numbers, not S/{format.scale.amplifier}: choose `scale: {{kind: float}}`"
     if isinstance(format.granularity, GroupCount):
@@ -112,6 +127,15 @@ def require(refusal: str | None, name: str) -> None:
     """FormatError if there is a refusal."""
     if refusal is not None:
         raise FormatError(f"{name} cannot hold this weight: {refusal}")
+
+
+def weights_only(activations: Mapping[str, ActivationFormat], name: str) -> None:
+    """FormatError for what layouts of packed weights alone lack."""
+    if activations:
+        some = next(iter(activations))
+        raise FormatError(
+            f"{name} has no place for quantized inputs, which {some} has: choose the layout compressed-tensors"
+        )
 
 
 def require_some(formats: Mapping[str, WeightFormat], name: str) -> None:

@@ -2,6 +2,8 @@
 
 from halfbyte.methods.awq import AWQ
 from halfbyte.methods.gptq import GPTQ
+from halfbyte.methods.lkd import LKD
 from halfbyte.methods.rtn import RTN
+from halfbyte.methods.smoothquant import SmoothQuant
 
-METHODS = {"awq": AWQ, "gptq": GPTQ, "rtn": RTN}
+METHODS = {"awq": AWQ, "gptq": GPTQ, "lkd": LKD, "rtn": RTN, "smoothquant": SmoothQuant}

@@ -25,7 +25,7 @@ from halfbyte.models.fold import ResolvedLink, move_scale, tie
 from halfbyte.numerics.precision import float32_products
 from halfbyte.numerics.quantized import round_to_grid
 from halfbyte.numerics.ranges import Ranges, find_grid
-from halfbyte.scheme import Value, WeightFormat
+from halfbyte.scheme import ActivationFormat, Value, WeightFormat
 
 SMALLEST_SCALE = 1e-4
 
@@ -56,6 +56,7 @@ class AWQ(Value):
         links: Sequence[ResolvedLink],
         seen: Mapping[str, InputStatistics],
         formats: Mapping[str, WeightFormat],
+        activations: Mapping[str, ActivationFormat],  # noqa: ARG002
     ) -> None:
         """Move the best scale of every link. Edits the modules and the readers' statistics in place."""
         for link in links:

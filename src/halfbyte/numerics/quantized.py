@@ -1,13 +1,15 @@
 """QuantizedWeight: what every method produces and everything after it consumes."""
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from halfbyte.numerics.activations import InputQuantizer
 from halfbyte.numerics.grid import Grid, decode, encode
-from halfbyte.scheme import WeightFormat
+from halfbyte.scheme import GroupCount, PerChannel, PerGroup, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,51 @@ class QuantizedWeight:
         zero_points = self.grid.zero_points
         grid = Grid(self.grid.scales.to(device), None if zero_points is None else zero_points.to(device))
         return QuantizedWeight(self.codes.to(device), grid, self.format)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModule:
+    """A quantized linear as it is stored: its weight, and how its input is quantized (None: not at all)."""
+
+    weight: QuantizedWeight
+    inputs: InputQuantizer | None = None
+    kept: Float[Tensor, "out n"] | None = None
+    """Columns of the weight as the model had them: of a static outlier set, or all where the set is dynamic."""
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """The weight that the module computes with: decoded, and the kept columns of a static outlier set."""
+        weight = self.weight.decode()
+        if self.kept is not None and self.inputs is not None and self.inputs.outlier_columns is not None:
+            weight[:, self.inputs.outlier_columns.long()] = self.kept.to(weight.dtype)
+        return weight
+
+
+def stored_format(format: WeightFormat, out: int, columns: int) -> WeightFormat:
+    """The format that `along_rows` gives an [out, columns] weight."""
+    if not isinstance(format.granularity, GroupCount):
+        return format
+    size = gcd(out * columns // format.granularity.count, columns)
+    return format.model_copy(update={"granularity": PerChannel() if size == columns else PerGroup(size=size)})
+
+
+def along_rows(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight with its scales per channel or per group, where it had a number of groups over the whole matrix.
+
+    A group that ends within a row leaves shorter runs of equal scales: their size is the greatest that divides both.
+    """
+    if not isinstance(weight.format.granularity, GroupCount):
+        return weight
+    out, columns = weight.codes.shape
+    format = stored_format(weight.format, out, columns)
+    size = format.granularity.size if isinstance(format.granularity, PerGroup) else columns
+    runs = out * columns // size // weight.grid.scales.numel()
+
+    def repeated(values: Float[Tensor, "count 1"]) -> Float[Tensor, "out groups"]:
+        return values.repeat_interleave(runs).view(out, columns // size)
+
+    zeros = weight.grid.zero_points
+    grid = Grid(repeated(weight.grid.scales), None if zeros is None else repeated(zeros))
+    return QuantizedWeight(weight.codes, grid, format)
 
 
 def round_to_grid(weight: Float[Tensor, "out in"], grid: Grid, format: WeightFormat) -> QuantizedWeight:
