@@ -64,7 +64,7 @@ class Run:
         work = Workload(
             samples=self.samples,
             length=self.length,
-            batch=min(self.samples, max(1, TOKENS_PER_PASS[self.device.type] // self.length)),
+            batch=min(self.samples, self.samples_per_pass),
             hidden=hidden,
             itemsize=self.dtype.itemsize,
             streams=int(self.observed) * (2 if self.recipe.needs_float_stream else 1),
@@ -78,6 +78,12 @@ class Run:
         host, device = peak_memory(self.skeleton, self.modules, work)
         seconds = estimate_seconds(self.modules, work, measured_flops(self.device), self.recipe) if with_time else None
         return Plan(self.modules, layout_name(self.skeleton, self.modules), before, after, host, device, seconds)
+
+    @property
+    def samples_per_pass(self) -> int:
+        """How many calibration samples pass at a time: what the device takes, or less where a refinement asks for it."""
+        wanted = [step.tokens_per_step for step in self.recipe.refinements]
+        return max(1, min([TOKENS_PER_PASS[self.device.type], *wanted]) // self.length)
 
     def calibrate(self) -> Calibration | None:
         """The calibration tokens, where the recipe or the user wants any."""
@@ -108,7 +114,7 @@ class Run:
         self.read_block(0)
         materialize_outer(self.skeleton, self.files, self.device, self.dtype)
         home = self.home(calibration)
-        batches = calibration.batches(max(1, TOKENS_PER_PASS[self.device.type] // self.length))
+        batches = calibration.batches(self.samples_per_pass)
         stream = enter(self.skeleton.model, list(self.skeleton.blocks), batches, self.device, home)
         for _, module in outer_modules(self.skeleton):
             release(module, recurse=False)

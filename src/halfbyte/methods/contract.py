@@ -88,6 +88,11 @@ class Refinement(Protocol):
     @property
     def method(self) -> str: ...
 
+    @property
+    def tokens_per_step(self) -> int:
+        """How much of the calibration text it wants to see at a time: the streams come in batches of at most so many."""
+        ...
+
     def refine(self, rounded: RoundedBlock, quantized: Mapping[str, QuantizedWeight]) -> Mapping[str, QuantizedWeight]:
         """Better weights of the same formats. Norms and biases of `rounded.block` may be edited in place."""
         ...

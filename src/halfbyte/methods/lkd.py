@@ -33,6 +33,7 @@ from halfbyte.calibration.walk import Stream, quantizing_inputs
 from halfbyte.errors import CalibrationError
 from halfbyte.methods.contract import RoundedBlock
 from halfbyte.numerics.grid import Grid, encode, expand, round_scales
+from halfbyte.numerics.precision import float32_products
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.scheme import Value
 
@@ -44,7 +45,8 @@ class LKD(Value):
 
     method: Literal["lkd"] = "lkd"
     steps: int = Field(default=100, ge=1)
-    """One step sees one pass of the calibration text (8192 tokens on a CPU, 16384 on a GPU, or all if there are fewer)."""
+    tokens_per_step: int = Field(default=4096, ge=1)
+    """That one step sees: the calibration text passes in batches of so many, in whole samples."""
     learning_rate: float = Field(default=0.02, gt=0)
     unit: Literal["step", "weight"] = "step"
     inputs: Literal["teacher", "student"] = "student"
@@ -107,9 +109,13 @@ class LKD(Value):
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         fade = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - self.decay * step / self.steps)
         batches = len(rounded.stream.hidden)
-        with torch.enable_grad(), quantizing_inputs(rounded.block, rounded.inputs):
+        with (
+            torch.enable_grad(),
+            quantizing_inputs(rounded.block, rounded.inputs),
+            float32_products(tf32=True),  # a step is far coarser than TF32 rounds
+        ):
             for step in range(self.steps):
-                loss = self._batch_loss(rounded, students, rest, step % batches)
+                loss = self._loss_of(rounded, students, rest, step % batches)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self._learned(students, rest), self.clip)
@@ -121,9 +127,9 @@ class LKD(Value):
         """The mean loss over the whole stream."""
         batches = range(len(rounded.stream.hidden))
         with quantizing_inputs(rounded.block, rounded.inputs):
-            return sum(float(self._batch_loss(rounded, students, rest, batch)) for batch in batches) / len(batches)
+            return sum(float(self._loss_of(rounded, students, rest, batch)) for batch in batches) / len(batches)
 
-    def _batch_loss(
+    def _loss_of(
         self, rounded: RoundedBlock, students: Mapping[str, "Student"], rest: Mapping[str, Tensor], batch: int
     ) -> Float[Tensor, ""]:
         with torch.no_grad():
