@@ -59,7 +59,7 @@ def test_the_block_answers_more_like_its_teacher(learn, inputs, activations):
     rounded, quantized = situation(activations=activations)
     source = rounded.float_stream if inputs == "teacher" else rounded.stream
     before = lost(rounded, quantized, source)
-    step = LKD(learn=learn, inputs=inputs, steps=40, norm_learning_rate=2e-3)
+    step = LKD(learn=learn, inputs=inputs, steps=40, gentle_learning_rate=2e-3)
     better = dict(step.refine(rounded, quantized))
     assert lost(rounded, better, source) < 0.9 * before
 
@@ -87,7 +87,7 @@ def test_weights_keep_their_grid_and_scales_keep_their_codes():
     assert all(torch.equal(learned[name].grid.scales, weight.grid.scales) for name, weight in quantized.items())
     assert any(not torch.equal(learned[name].codes, weight.codes) for name, weight in quantized.items())
     rounded, quantized = situation(INT3.model_copy(update={"scale": FloatScale(dtype="bfloat16")}))
-    learned = LKD(learn="scales", steps=10, norm_learning_rate=1e-2).refine(rounded, quantized)
+    learned = LKD(learn="scales", steps=10, gentle_learning_rate=1e-2).refine(rounded, quantized)
     for name, weight in quantized.items():
         assert torch.equal(learned[name].codes, weight.codes)
         assert torch.equal(learned[name].grid.scales, learned[name].grid.scales.bfloat16().float())
@@ -96,7 +96,7 @@ def test_weights_keep_their_grid_and_scales_keep_their_codes():
 
 def test_the_papers_rate_moves_no_weight_further_than_its_steps_allow():
     rounded, quantized = situation()
-    lkd = LKD(unit="weight", learning_rate=5e-6, inputs="teacher", norms=False, decay=False)
+    lkd = LKD(unit="weight", learning_rate=5e-6, inputs="teacher", learn="weights", norms=False, decay=False)
     learned = lkd.refine(rounded, quantized)
     for name, weight in quantized.items():
         steps = weight.grid.scales.repeat_interleave(8, dim=1)
@@ -108,7 +108,7 @@ def test_the_papers_rate_moves_no_weight_further_than_its_steps_allow():
 def test_a_rate_that_only_destroys_changes_nothing():
     rounded, quantized = situation()
     norms = {name: p.clone() for name, p in rounded.block.named_parameters()}
-    learned = LKD(learning_rate=50.0, norm_learning_rate=50.0, decay=False, steps=5).refine(rounded, quantized)
+    learned = LKD(learning_rate=50.0, gentle_learning_rate=3.0, decay=False, steps=5).refine(rounded, quantized)
     assert all(torch.equal(learned[name].codes, weight.codes) for name, weight in quantized.items())
     assert all(torch.equal(p, norms[name]) for name, p in rounded.block.named_parameters())
 

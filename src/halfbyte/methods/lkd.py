@@ -50,9 +50,10 @@ class LKD(Value):
     learning_rate: float = Field(default=0.02, gt=0)
     unit: Literal["step", "weight"] = "step"
     inputs: Literal["teacher", "student"] = "student"
-    learn: Literal["weights", "scales", "both"] = "weights"
+    learn: Literal["weights", "scales", "both"] = "both"
     norms: bool = True
-    norm_learning_rate: float = Field(default=1e-4, gt=0)
+    gentle_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of scales (relative), norms and biases (absolute)."""
     decay: bool = True
     """The learning rate falls linearly to zero; the paper's is constant."""
     clip: float = Field(default=1.0, gt=0)
@@ -105,7 +106,7 @@ class LKD(Value):
         values = [s.values for s in students.values() if s.values is not None]
         gentle = [s.factors for s in students.values() if s.factors is not None]
         gentle += [tensor for tensor in rest.values() if tensor.requires_grad]
-        groups = [{"params": values, "lr": self.learning_rate}, {"params": gentle, "lr": self.norm_learning_rate}]
+        groups = [{"params": values, "lr": self.learning_rate}, {"params": gentle, "lr": self.gentle_learning_rate}]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         fade = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - self.decay * step / self.steps)
         batches = len(rounded.stream.hidden)
