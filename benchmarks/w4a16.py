@@ -1,64 +1,77 @@
-"""How long the weight-only matmul takes on the GPU of this machine, beside bf16 cuBLAS.
+"""How long the weight-only 4-bit matmul takes on the GPU of this machine, beside bf16 cuBLAS on the dense weight.
 
     python benchmarks/w4a16.py --json w4a16.json
 
-Every kernel is first compared with the float64 reference, and nothing is timed that disagrees with it. A time is the
-median over replays of a CUDA graph that calls the kernel once for each of several copies of the weight, so many that
-together they exceed the L2 cache: each call finds its weight in memory, as in a model. `--search` times other tilings
-than the built-in ones and prints the fastest of each kind, which is how the built-in ones are chosen.
+Every launch is first compared with the float64 reference, and nothing is timed that disagrees with it. A time is the
+median over replays of a CUDA graph that calls the kernel for several copies of the weight, one after the other, so many
+that together they exceed the L2 cache: each call finds its weight in memory, as in a model. Replays of cuBLAS and of the
+kernel take turns, since a chip that has worked for a while runs slower. A launch may start to fetch its weight while the
+one before it ends; "alone" is the time when it may not.
+
+`--search` tries many tilings, prints the tables of `kernels/w4a16/tilings.py` that come out, and measures with them.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import product
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from halfbyte.kernels.w4a16 import reference, route, triton_gemv, triton_kernel
-from halfbyte.kernels.w4a16.triton_gemv import Strip
-from halfbyte.kernels.w4a16.triton_kernel import Tile
+from halfbyte.kernels.w4a16 import few_tokens, many_tokens, tensor_cores, tilings
+from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
+from halfbyte.kernels.w4a16.tilings import TOKENS, WIDE, Block, Stream, Tiling
 from halfbyte.packing import int32_words
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
 COPIES_BYTES = 200e6
+NODES = 16  # calls in a graph at least: what a replay costs by itself is then little
 REPLAYS = 20
-GEMV_AT_MOST = 16
+FEW = 16  # tokens up to which times alone are taken as well
 # what an H200 has been seen to sustain: the bound that times are compared with
 BYTES_PER_SECOND = 4.4e12
 OPERATIONS_PER_SECOND = 790e12
+SHARED_MEMORY, REGISTERS = 227 * 1024, 65536  # of a multiprocessor
+COMPILERS = 15
 
-Matmul = Callable[[Tensor, "Weight"], Tensor]
-Fastest = tuple[float, Tile | Strip | None]
+Call = Callable[[], Any]
+Times = dict[tuple[bool, int], dict[Tiling, list[float]]]
 
 
 @dataclass(frozen=True)
-class Weight:
-    packed: Tensor
-    scales: Tensor
-    zero_points: Tensor | None
-    bits: int
-    group_size: int
-    dense: Tensor
+class Case:
+    """One weight, often enough to exceed the L2 cache, as we read it and as cuBLAS does."""
 
-    def copy(self) -> "Weight":
-        zero_points = None if self.zero_points is None else self.zero_points.clone()
-        return Weight(
-            self.packed.clone(), self.scales.clone(), zero_points, self.bits, self.group_size, self.dense.clone()
-        )
+    weights: list[TensorCoreWeight]
+    dense: list[Tensor]
+    exact: Tensor
 
-    def bytes(self) -> int:
-        """What the quantized matmul has to read."""
-        parts = (self.packed, self.scales, self.zero_points)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+    @classmethod
+    def of(cls, outs: int, ins: int, group_size: int, asymmetric: bool) -> "Case":
+        g = torch.Generator(DEVICE).manual_seed(0)
+        codes = torch.randint(0, 16, (outs, ins), dtype=torch.uint8, device=DEVICE, generator=g)
+        shape = (outs, ins // group_size)
+        scales = torch.rand(shape, device=DEVICE, generator=g).add(0.1).div(16).to(DTYPE)
+        points = torch.randint(0, 16, shape, dtype=torch.uint8, device=DEVICE, generator=g) if asymmetric else None
+        zeros = torch.full_like(scales, 8) if points is None else points
+        exact = (codes.unflatten(1, (-1, group_size)).double() - zeros[:, :, None].double()) * scales[
+            :, :, None
+        ].double()
+        exact = exact.flatten(1)
+        weight = tensor_cores.prepare(int32_words.pack(codes, 4), scales, points, 4, group_size, DTYPE)
+        copies = max(2, math.ceil(COPIES_BYTES / size_of(weight)))
+        weights = [weight, *(copy_of(weight) for _ in range(copies - 1))]
+        dense = [exact.to(DTYPE) for _ in range(max(2, math.ceil(COPIES_BYTES / (2 * outs * ins))))]
+        return cls(weights, dense, exact)
 
 
 @dataclass(frozen=True)
@@ -68,190 +81,253 @@ class Row:
     outs: int
     ins: int
     tokens: int
-    bits: int
     group_size: int
     asymmetric: bool
     cublas: float
-    gemv: float | None
-    tiles: float
-    route: str
+    halfbyte: float
+    alone: float | None
+    tiling: str
     speedup: float
     bound: float
     gigabytes_per_second: float
     teraflops: float
-    searched: dict[str, Fastest]
 
 
-def make_weight(outs: int, ins: int, bits: int, group_size: int, asymmetric: bool) -> Weight:
-    g = torch.Generator(DEVICE).manual_seed(0)
-    codes = torch.randint(0, 2**bits, (outs, ins), dtype=torch.uint8, device=DEVICE, generator=g)
-    shape = (outs, ins // group_size)
-    scales = torch.rand(shape, device=DEVICE, generator=g).add(0.1).div(16).to(DTYPE)
-    zero_points = torch.randint(0, 2**bits, shape, dtype=torch.uint8, device=DEVICE, generator=g)
-    dense = torch.randn(outs, ins, device=DEVICE, generator=g).to(DTYPE)
-    packed = int32_words.pack(codes, bits)
-    return Weight(packed, scales, zero_points if asymmetric else None, bits, group_size, dense)
+def size_of(weight: TensorCoreWeight) -> int:
+    """What a matmul has to read, in bytes."""
+    parts = (weight.words, weight.scales, weight.offsets)
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def cublas(x: Tensor, weight: Weight) -> Tensor:
-    return torch.nn.functional.linear(x, weight.dense)
+def copy_of(weight: TensorCoreWeight) -> TensorCoreWeight:
+    offsets = None if weight.offsets is None else weight.offsets.clone()
+    parts = {"words": weight.words.clone(), "scales": weight.scales.clone(), "counters": weight.counters.clone()}
+    return replace(weight, offsets=offsets, **parts)
 
 
-def gemv(x: Tensor, weight: Weight, strip: Strip | None = None) -> Tensor:
-    arguments = (weight.packed, weight.scales, weight.zero_points, weight.bits, weight.group_size)
-    return triton_gemv.wna16_matmul(x, *arguments, strip=strip)
+def activations(tokens: int, ins: int) -> Tensor:
+    return torch.randn(tokens, ins, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)).to(DTYPE)
 
 
-def tiles(x: Tensor, weight: Weight, tile: Tile | None = None) -> Tensor:
-    arguments = (weight.packed, weight.scales, weight.zero_points, weight.bits, weight.group_size)
-    return triton_kernel.wna16_matmul(x, *arguments, tile=tile)
+def calls(x: Tensor, weights: list[TensorCoreWeight], tiling: Tiling) -> list[Call]:
+    return [lambda weight=weight: tensor_cores.launch(x, weight, None, tiling) for weight in weights]
 
 
-def is_right(matmul: Matmul, x: Tensor, weight: Weight, expected: Tensor) -> bool:
-    """The only rounding to bf16 is the result's."""
-    error = (matmul(x, weight).double() - expected.double()).norm() / expected.double().norm()
-    return float(error) <= torch.finfo(DTYPE).eps
+def is_right(y: Tensor, expected: Tensor) -> bool:
+    """At most the weight and the result are rounded to bf16."""
+    return float((y.double() - expected).norm() / expected.norm()) <= torch.finfo(DTYPE).eps
 
 
-def microseconds(matmul: Matmul, x: Tensor, copies: list[Weight]) -> float:
-    """The median time of one call."""
-    for weight in copies[:2]:
-        matmul(x, weight)
+def graph_of(calls: list[Call]) -> tuple[torch.cuda.CUDAGraph, int, list[Any]]:
+    """The calls as a graph, repeated to at least NODES of them; how many they are; what they return."""
+    for call in calls[:2]:
+        call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, repeated = torch.cuda.CUDAGraph(), calls * math.ceil(NODES / len(calls))
     with torch.cuda.graph(graph):
-        for weight in copies:
-            matmul(x, weight)
-    times = []
-    for _ in range(REPLAYS + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(copies))
-    return median(times[2:])
+        results = [call() for call in repeated]
+    return graph, len(repeated), results[-1:]
 
 
-def candidate_tiles(tokens: int, group_size: int) -> Iterator[Tile]:
-    around = min(max(triton.next_power_of_2(tokens), 16), 128)
-    rows = sorted({max(around // 2, 16), around, min(2 * around, 256)})
-    few = tokens <= 32
-    for block_m, block_n, block_k, warps, stages in product(
-        rows, (16, 32, 64) if few else (64, 128, 256), (64, 128), (2, 4) if few else (4, 8), (4, 6) if few else (3, 4)
-    ):
-        if group_size % block_k == 0 and 2**9 <= block_m * block_n * 4 // warps <= 2**13:
-            yield Tile(block_m, block_n, block_k, warps, stages)
+def microseconds(contenders: list[list[Call]], replays: int = REPLAYS) -> list[float]:
+    """The median time of one call of each contender, their replays taking turns."""
+    graphs = [graph_of(calls) for calls in contenders]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(replays + 2):
+        for (graph, nodes, _), list_ in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            list_.append(1e3 * start.elapsed_time(end) / nodes)
+    return [median(list_[2:]) for list_ in times]
 
 
-def candidate_strips() -> Iterator[Strip]:
-    for block_n, block_w, warps, stages in product((1, 2, 4, 8), (64, 128, 256), (1, 2, 4), (3, 5)):
-        if 32 * warps <= block_n * block_w <= 256 * warps:
-            yield Strip(block_n, block_w, warps, stages)
+def candidates(tokens: int) -> Iterator[Tiling]:
+    """What may be fast for so many tokens and fits a multiprocessor."""
+    if tokens <= 32:
+        yield from candidate_streams(max(8, tokens))
+    if tokens > 16:
+        yield from candidate_blocks(tokens)
 
 
-def fastest(kernel: Callable[..., Tensor], tilings: Iterator[Tile | Strip], x: Tensor, copies: list[Weight]) -> Fastest:
-    """The fastest of the tilings that fit the chip and are right, with its time."""
-    weight = copies[0]
-    expected = expectation(x, weight)
-    best: Fastest = (math.inf, None)
-    for tiling in tilings:
-        matmul = partial(call_with, kernel, tiling)
-        try:
-            if is_right(matmul, x, weight, expected):
-                best = min(best, (microseconds(matmul, x, copies), tiling), key=lambda pair: pair[0])
-            else:
-                print(f"WRONG: {tiling}")
-        except triton.runtime.errors.OutOfResources:
-            continue
-    return best
+def candidate_streams(block_m: int) -> Iterator[Stream]:
+    # registers of a thread for so many strips of a warp, as compiled
+    registers = {8: {1: 64, 2: 88, 4: 136}, 16: {1: 88, 2: 128, 4: 184}, 32: {1: 128, 2: 200}}[block_m]
+    for warps, programs in ((16, 1), (8, 1), (8, 2), (4, 3), (4, 4)):
+        for warps_k in (k for k in (1, 2, 4, 8) if k <= warps):
+            warps_n = warps // warps_k
+            for block_n, run in ((n, run) for n in (64, 128, 256) for run in (1, 2)):
+                used = registers.get(block_n // 16 // warps_n, REGISTERS)
+                step = run * warps_k * (block_n * 32 + block_m * 128)
+                room = SHARED_MEMORY // programs - 1024 - 4 * warps_k * block_n * block_m
+                stages = min(room // step, 8)
+                if warps_n > 8 or programs * warps * 32 * used > REGISTERS or stages < 2:
+                    continue
+                in_flight = programs * (stages - 1) * run * warps_k * block_n * 32
+                if in_flight < 40_000:
+                    continue
+                yield Stream(block_m, block_n, warps_k, warps_n, run, stages, programs)
+                if programs > 1 and stages > 3:
+                    yield Stream(block_m, block_n, warps_k, warps_n, run, (stages + 1) // 2, programs)
 
 
-def call_with(kernel: Callable[..., Tensor], tiling: Tile | Strip, x: Tensor, weight: Weight) -> Tensor:
-    return kernel(x, weight, tiling)
+def candidate_blocks(tokens: int) -> Iterator[Block]:
+    for block_m in {min(tokens, 128), min(tokens, 256)}:
+        for each, run in ((each, run) for each in (1, 2) for run in (1, 2, 4)):
+            if block_m * each > 256 or run * block_m > 512 or run * each * block_m < 64:
+                continue
+            step = run * (block_m * 128 + each * 4096)
+            stages = min((SHARED_MEMORY - 2048 - block_m * each * 256) // step, 160 * 1024 // step, 12)
+            if block_m == 256:
+                stages = (SHARED_MEMORY - 2048 - block_m * each * 256) // step
+            if stages < 2:
+                continue
+            yield Block(block_m, each, run, stages, False)
+            if tokens <= 1024:
+                yield Block(block_m, each, run, stages, True)
+            if tokens >= 1024 and run * block_m >= 256:
+                yield from (Block(block_m, each, run, stages, False, beside) for beside in (4, 16))
 
 
-def expectation(x: Tensor, weight: Weight) -> Tensor:
-    return reference.wna16_matmul(x, weight.packed, weight.scales, weight.zero_points, weight.bits, weight.group_size)
+def compile_one(job: tuple[Tiling, int, bool, bool]) -> str | None:
+    """Fill Triton's cache with a kernel, by running it on a small weight. What went wrong, if anything."""
+    tiling, group_size, asymmetric, early = job
+    few_tokens.EARLY = many_tokens.EARLY = early
+    case = Case.of(640, 2048, group_size, asymmetric)
+    x = activations(tiling.block_m + (5 if isinstance(tiling, Block) else 0), 2048)
+    try:
+        y = tensor_cores.launch(x, case.weights[0], None, tiling)
+        return None if is_right(y, x.double() @ case.exact.T) else f"WRONG: {tiling}"
+    except triton.runtime.errors.OutOfResources as cause:
+        return f"{tiling}: {cause}"
 
 
-def measure(tokens: int, copies: list[Weight], dense_copies: list[Weight], search: bool) -> Row:
-    weight = copies[0]
-    outs, ins = weight.dense.shape
-    x = torch.randn(tokens, ins, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)).to(DTYPE)
-    expected = expectation(x, weight)
-    for kernel in [tiles, gemv] if tokens <= GEMV_AT_MOST else [tiles]:
-        if not is_right(kernel, x, weight, expected):
-            raise SystemExit(f"{kernel.__name__} disagrees with the reference at {outs}x{ins}, {tokens} tokens")
-    gemv_time = microseconds(gemv, x, copies) if tokens <= GEMV_AT_MOST else None
-    tiles_time = microseconds(tiles, x, copies)
-    cublas_time = microseconds(cublas, x, dense_copies)
-    runs = route(DEVICE, tokens, weight.scales.shape[1], weight.bits, weight.group_size)
-    ours = gemv_time if runs == "gemv" and gemv_time is not None else tiles_time
-    moved, operations = weight.bytes() + 2 * tokens * (ins + outs), 2 * tokens * ins * outs
-    searched: dict[str, Fastest] = {}
-    if search:
-        searched["tiles"] = fastest(tiles, candidate_tiles(tokens, weight.group_size), x, copies)
-        if tokens <= GEMV_AT_MOST:
-            searched["gemv"] = fastest(gemv, candidate_strips(), x, copies)
+def compile_all(jobs: list[tuple[Tiling, int, bool, bool]]) -> list[Tiling]:
+    """The tilings that work, all compiled at once."""
+    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
+        failures = list(pool.map(compile_one, jobs, chunksize=1))
+    for failure in filter(None, failures):
+        print(failure)
+    return [job[0] for job, failure in zip(jobs, failures, strict=True) if failure is None]
+
+
+def search(case: Case, works: set[Tiling], times: Times) -> None:
+    """Time the candidates of every row of the table on one weight; adds to `times`."""
+    outs, ins = case.exact.shape
+    for tokens in TOKENS:
+        x = activations(1 if tokens == 8 else tokens, ins)
+        expected = x.double() @ case.exact.T
+        for tiling in dict.fromkeys(candidates(tokens)):
+            if tiling not in works:
+                continue
+            ours = calls(x, case.weights, tiling)
+            if not is_right(ours[0](), expected):
+                works.discard(tiling)
+                print(f"WRONG: {tiling} at {outs}x{ins}, {len(x)} tokens")
+                continue
+            times.setdefault((outs >= WIDE, tokens), {}).setdefault(tiling, []).append(microseconds([ours], 6)[0])
+
+
+def chosen(times: Times, wide: bool) -> tuple[Tiling, ...]:
+    """The table: of every row the tiling whose times are least over all weights of this width."""
+    rows = []
+    for tokens in TOKENS:
+        of_tiling = times[wide, tokens]
+        most = max(map(len, of_tiling.values()))
+        means = {tiling: geometric_mean(list_) for tiling, list_ in of_tiling.items() if len(list_) == most}
+        best = sorted(means, key=lambda tiling: means[tiling])
+        print(f"  {best[0]},  # {tokens}: {', '.join(f'{time:.1f}' for time in of_tiling[best[0]])}")
+        for other in best[1:3]:
+            print(f"      {means[other] / means[best[0]]:.3f} {other}")
+        rows.append(best[0])
+    return tuple(rows)
+
+
+def measure(tokens: int, case: Case) -> Row:
+    (outs, ins), weight = case.exact.shape, case.weights[0]
+    x = activations(tokens, ins)
+    tiling = tilings.choose(tokens, outs)
+    ours = calls(x, case.weights, tiling)
+    expected, found = x.double() @ case.exact.T, ours[0]()
+    if not is_right(found, expected):
+        raise SystemExit(f"{tiling} disagrees with the reference at {outs}x{ins}, {tokens} tokens")
+    if not all(torch.equal(call(), found) for call in ours * 3) or any(w.counters.any() for w in case.weights):
+        raise SystemExit(f"{tiling} is not the same from call to call at {outs}x{ins}, {tokens} tokens")
+    dense = [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in case.dense]
+    cublas, time = microseconds([dense, ours])
+    alone = None
+    if tokens <= FEW:
+        few_tokens.EARLY = many_tokens.EARLY = False
+        alone = microseconds([ours])[0]
+        few_tokens.EARLY = many_tokens.EARLY = True
+    moved, operations = size_of(weight) + 2 * tokens * (ins + outs), 2 * tokens * ins * outs
     return Row(
-        outs, ins, tokens, weight.bits, weight.group_size, weight.zero_points is not None,
-        cublas_time, gemv_time, tiles_time, runs, cublas_time / ours,
+        outs, ins, tokens, weight.group_size, weight.offsets is not None,
+        cublas, time, alone, repr(tiling), cublas / time,
         1e6 * max(moved / BYTES_PER_SECOND, operations / OPERATIONS_PER_SECOND),
-        moved / ours / 1e3, operations / ours / 1e6, searched,
+        moved / time / 1e3, operations / time / 1e6,
     )  # fmt: skip
 
 
 HEADER = (
-    f"{'out x in':>12} {'tokens':>6} {'cuBLAS':>9} {'gemv':>9} {'tiles':>9} {'route':>6} {'speed-up':>8} {'bound':>9} "
+    f"{'out x in':>12} {'tokens':>6} {'cuBLAS':>9} {'halfbyte':>9} {'alone':>7} {'speed-up':>8} {'bound':>9} "
     f"{'GB/s':>6} {'TFLOP/s':>7}   times in µs"
 )
 
 
 def line(row: Row) -> str:
-    gemv_time = "-" if row.gemv is None else f"{row.gemv:.1f}"
-    text = (
-        f"{f'{row.outs}x{row.ins}':>12} {row.tokens:>6} {row.cublas:>9.1f} {gemv_time:>9} {row.tiles:>9.1f} "
-        f"{row.route:>6} {row.speedup:>7.2f}x {row.bound:>9.1f} {row.gigabytes_per_second:>6.0f} {row.teraflops:>7.1f}"
+    alone = "" if row.alone is None else f"{row.alone:.1f}"
+    return (
+        f"{f'{row.outs}x{row.ins}':>12} {row.tokens:>6} {row.cublas:>9.1f} {row.halfbyte:>9.1f} {alone:>7} "
+        f"{row.speedup:>7.2f}x {row.bound:>9.1f} {row.gigabytes_per_second:>6.0f} {row.teraflops:>7.1f}   {row.tiling}"
     )
-    for kernel, (time, tiling) in row.searched.items():
-        text += f"\n{'':>12} best {kernel}: {time:.1f} µs with {tiling}"
-    return text
-
-
-def rotated(weight: Weight, size: float) -> list[Weight]:
-    """The weight and copies of it, of `size` bytes each, that exceed the L2 cache together."""
-    return [weight, *(weight.copy() for _ in range(max(1, math.ceil(COPIES_BYTES / size) - 1)))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096,22016x4096,4096x11008", help="out x in of the weights")
-    parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
-    parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
+    parser.add_argument(
+        "--shapes", default="4096x4096,22016x4096,28672x4096,4096x11008,4096x14336", help="out x in of the weights"
+    )
+    parser.add_argument("--tokens", default="1,4,16,32,64,128,256,512,1024,4096")
     parser.add_argument("--group-size", type=int, default=128, help="0: one scale per output")
     parser.add_argument("--asymmetric", action="store_true", help="with zero points")
-    parser.add_argument("--search", action="store_true", help="time other tilings too: minutes")
+    parser.add_argument("--search", action="store_true", help="find the tilings first: minutes")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args()
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {DTYPE}")
-    print(f"{options.bits} bits, group size {options.group_size}, {'a' if options.asymmetric else ''}symmetric")
+    print(f"4 bits, group size {options.group_size}, {'a' if options.asymmetric else ''}symmetric")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    kind = options.group_size or shapes[0][1], options.asymmetric
+    if options.search:
+        works = set(compile_all([(tiling, *kind, True) for tiling in every_candidate()]))
+        times: Times = {}
+        for outs, ins in shapes:
+            search(Case.of(outs, ins, options.group_size or ins, options.asymmetric), works, times)
+        for wide in {outs >= WIDE for outs, _ in shapes}:
+            print("WIDE_TABLE" if wide else "NARROW_TABLE")
+            setattr(tilings, "WIDE_TABLE" if wide else "NARROW_TABLE", chosen(times, wide))
+    used = dict.fromkeys((*tilings.NARROW_TABLE, *tilings.WIDE_TABLE))
+    jobs = [(tiling, *kind, early) for tiling in used for early in (True, False) if early or tiling.block_m <= FEW]
+    compile_all(jobs)
     print(HEADER)
     rows = []
-    for shape in options.shapes.split(","):
-        outs, ins = map(int, shape.split("x"))
-        weight = make_weight(outs, ins, options.bits, options.group_size or ins, options.asymmetric)
-        copies = rotated(weight, weight.bytes())
-        dense_copies = copies[: max(2, math.ceil(COPIES_BYTES / (2 * outs * ins)))]
+    for outs, ins in shapes:
+        case = Case.of(outs, ins, options.group_size or ins, options.asymmetric)
         for tokens in map(int, options.tokens.split(",")):
-            rows.append(measure(tokens, copies, dense_copies, options.search))
+            rows.append(measure(tokens, case))
             print(line(rows[-1]), flush=True)
         if options.json:
             environment = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
             environment["triton"] = triton.__version__
             record = environment | {"rows": [asdict(row) for row in rows]}
-            options.json.write_text(json.dumps(record, indent=1, default=repr) + "\n")
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def every_candidate() -> list[Tiling]:
+    return list(dict.fromkeys(tiling for tokens in TOKENS for tiling in candidates(tokens)))
 
 
 if __name__ == "__main__":

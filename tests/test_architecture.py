@@ -23,9 +23,12 @@ MAY_IMPORT = {
     "methods": {"errors", "scheme", "numerics", "solvers", "models", "calibration"},
     "recipe": {"errors", "scheme", "methods"},
     "layouts": {"errors", "scheme", "numerics", "packing", "models"},
-    "runtime": {"errors", "machine", "scheme", "numerics", "packing", "kernels", "models", "calibration", "layouts"},
-    "block": {"errors", "scheme", "numerics", "models", "calibration", "methods", "recipe"},
     "plan": {"errors", "scheme", "numerics", "models", "calibration", "recipe", "layouts"},
+    "runtime": {
+        "errors", "machine", "scheme", "numerics", "packing", "kernels", "models", "calibration", "recipe", "layouts",
+        "plan",
+    },
+    "block": {"errors", "scheme", "numerics", "models", "calibration", "methods", "recipe"},
     "evaluation": {"errors", "scheme", "calibration", "models", "layouts", "runtime", "block", "plan", "recipe"},
     "checkpoint": {
         "errors", "scheme", "numerics", "models", "calibration", "recipe", "layouts", "plan", "evaluation", "__init__",

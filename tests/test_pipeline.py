@@ -27,6 +27,7 @@ from halfbyte.errors import (
 from halfbyte.pipeline import quantize
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.load import load
+from tiny_encoder import encoder_tokenizer
 from tiny_models import CONFIGURATIONS, tiny, tokens
 from tiny_tokenizer import prose, tiny_tokenizer
 
@@ -35,7 +36,7 @@ TIMED = {"report.json", "report.html"}  # they say how long the run took
 
 def save_model(folder: Path, kind: str = "llama", **changes) -> Path:
     tiny(kind, **changes).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    (encoder_tokenizer() if kind == "bert" else tiny_tokenizer()).save_pretrained(folder)
     (folder / "text.txt").write_text(prose(600))
     return folder
 
@@ -77,6 +78,15 @@ def test_every_architecture_comes_out_whole_and_computes_nearly_the_same(kind, t
     bound = 0.2 if "moe" in kind or kind == "mixtral" else 0.05  # a token may be routed to another expert
     with torch.no_grad():
         assert relative_error(found(input_ids=ids).logits, expected(input_ids=ids).logits) < bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_rounding_cost_is_measured_against_what_was_rounded(dtype, tmp_path):
+    source = save_model(tmp_path / "float")
+    steps = {"method": "rtn"}, {"method": "lkd", "steps": 1, "learning_rate": 1e-9, "norms": False}
+    for number in (1, 2):
+        report = run(source, tmp_path / f"out{number}", recipe(*steps[:number]), dtype=dtype)
+        assert all(15 < module.weight_snr < 40 for module in report.modules)
 
 
 def test_rounding_to_nearest_needs_no_text(tmp_path):

@@ -23,6 +23,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +38,17 @@ KINDS: dict[str, tuple[Callable[[], list[Any]], bool]] = {
         True,
     ),
     "gptq-w3a16": (lambda: [GPTQModifier(scheme="W3A16", **WEIGHTS_OF_ALL_LINEARS)], True),
+    "smoothquant-w8a8": (
+        lambda: [
+            SmoothQuantModifier(smoothing_strength=0.8),
+            QuantizationModifier(scheme="W8A8", **WEIGHTS_OF_ALL_LINEARS),
+        ],
+        True,
+    ),
+    "smoothquant-gptq-w8a8": (
+        lambda: [SmoothQuantModifier(smoothing_strength=0.8), GPTQModifier(scheme="W8A8", **WEIGHTS_OF_ALL_LINEARS)],
+        True,
+    ),
     "awq-w4a16": (lambda: [AWQModifier(), QuantizationModifier(scheme="W4A16", **WEIGHTS_OF_ALL_LINEARS)], True),
 }
 

@@ -32,12 +32,12 @@ class ModuleRecord:
     path: str
     format: str
     method: str
-    activations: dict[str, Any] | None  # the ActivationFormat of the input; None: 16 bit
     shape: tuple[int, int]
     weight_snr: float  # dB
     output_snr: float | None  # dB over the calibration tokens; None where nothing was observed
     tokens: int
     seconds: float
+    activations: dict[str, Any] | None = None  # the ActivationFormat of the input; None: 16 bit
 
     @property
     def input_format(self) -> ActivationFormat | None:
@@ -198,7 +198,7 @@ class BlockQuantizer:
         """Round linears that share input and format as one matrix, rows on rows. The block computes with the result."""
         start = time.perf_counter()
         modules = linears(block)
-        weights = {name: modules[name].weight.float() for name in names}
+        weights = {name: modules[name].weight.to(torch.float32, copy=True) for name in names}
         whole = torch.cat(list(weights.values()))
         step = self._rounding(self._path(index, names[0]), seen)
         try:

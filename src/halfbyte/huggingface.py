@@ -5,7 +5,7 @@ Only for `quant_method: halfbyte`; compressed-tensors, GPTQ and AWQ folders have
 layers randomly initialised. Mixtures of experts are refused, because transformers fuses their experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from halfbyte.errors import CheckpointError, ModelError
 from halfbyte.models.linearize import is_transposed
 from halfbyte.models.load import WeightFiles
+from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import LAYOUT, QuantizedLinear
-from halfbyte.runtime.load import OWN_METHOD
-from halfbyte.scheme import WeightFormat
+from halfbyte.runtime.load import OWN_METHOD, Formats
+from halfbyte.runtime.replacement import Replacement, linear_for
 
 
 @register_quantization_config(OWN_METHOD)
@@ -33,7 +34,7 @@ class HalfbyteConfig(QuantizationConfigMixin):
 
 @register_quantizer(OWN_METHOD)
 class HalfbyteQuantizer(HfQuantizer):
-    """Puts a QuantizedLinear in the place of every layer that the configuration calls quantized."""
+    """Puts what `linear_for` chooses in the place of every layer that the configuration calls quantized."""
 
     requires_calibration = True  # transformers refuses to make such a model from an unquantized one
 
@@ -54,20 +55,23 @@ class HalfbyteQuantizer(HfQuantizer):
                 "halfbyte.load"
             )
         linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
-        formats = LAYOUT.formats(self.quantization_config.to_dict(), list(linears))
+        config = self.quantization_config.to_dict()
+        formats, activations = LAYOUT.formats(config, list(linears)), LAYOUT.activations(config, list(linears))
         if not formats:
             raise CheckpointError("quantization_config selects none of the model's linear layers: mend config.json")
+        stored = _stored(model, checkpoint_files)
         for name, format in formats.items():
-            model.set_submodule(name, _room(linears[name], format))
+            outliers = stored.get(f"{name}.outlier_columns".removeprefix(model.base_model_prefix + "."), (0,))
+            model.set_submodule(name, _room(linears[name], (format, activations.get(name)), *outliers))
             # transformers would draw random weights for it, and GPT-2 does so from the module around it
             for part in (name, name.rpartition(".")[0]):
                 model.get_submodule(part)._is_hf_initialized = True
         if checkpoint_files:
-            _check_files(model, formats, checkpoint_files)
+            _check_files(model, formats, stored, Path(checkpoint_files[0]).parent)
 
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> None:
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QuantizedLinear | IntegerLinear):
                 module.prepare(model.dtype)
 
 
@@ -75,29 +79,35 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def _room(linear: Any, format: WeightFormat) -> QuantizedLinear:
+def _room(linear: Any, formats: Formats, outliers: int) -> Replacement:
     out, columns = linear.weight.T.shape if is_transposed(linear) else linear.weight.shape
-    return QuantizedLinear(columns, out, format, bias=linear.bias is not None, device="meta")
+    return linear_for(*formats, columns, out, bias=linear.bias is not None, outliers=outliers, device="meta")
 
 
-def _check_files(model: Any, formats: Mapping[str, WeightFormat], checkpoint_files: list[str]) -> None:
-    """CheckpointError unless the files hold the packed tensors of these layers and of no others.
+def _stored(model: Any, checkpoint_files: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """Tensors of the files by name, without the base model's prefix, and their shapes."""
+    if not checkpoint_files:
+        return {}
+    paths = [Path(file) for file in checkpoint_files]
+    files = WeightFiles(paths[0].parent, [path.name for path in paths])
+    return {name.removeprefix(model.base_model_prefix + "."): files.shape(name) for name in files}
+
+
+def _check_files(model: Any, names: Iterable[str], stored: Iterable[str], folder: Path) -> None:
+    """CheckpointError unless the files hold the tensors of these quantized layers and of no others.
 
     transformers itself only warns, and makes up what is missing.
     """
-    paths = [Path(file) for file in checkpoint_files]
-    files = WeightFiles(paths[0].parent, [path.name for path in paths])
-    base = model.base_model_prefix + "."
-    there = {name.removeprefix(base) for name in files if name.rpartition(".")[2] in LAYOUT.suffixes}
     expected = {
-        f"{name}.{suffix}".removeprefix(base)
-        for name in formats
-        for suffix in LAYOUT.suffixes
-        if getattr(model.get_submodule(name), suffix) is not None
+        f"{name}.{key}".removeprefix(model.base_model_prefix + ".")
+        for name in names
+        for key, buffer in model.get_submodule(name).named_buffers()
+        if key != "bias"
     }
+    there = {name for name in stored if name.rpartition(".")[2] in LAYOUT.suffixes or name in expected}
     if there != expected:
         some = sorted(there ^ expected)[0]
         raise CheckpointError(
-            f"{paths[0].parent}: {some} is {'not in the files' if some in expected else 'of no quantized layer'}, so "
+            f"{folder}: {some} is {'not in the files' if some in expected else 'of no quantized layer'}, so "
             "config.json and the files do not belong together"
         )

@@ -188,6 +188,22 @@ def test_generating_continues_the_prompt(model):
     assert plain.stdout.startswith("the rain")
 
 
+def test_a_recipe_quantizes_while_loading(model, quantized):
+    options = ["--text", model / "text.txt", "--window", 32, "--limit-windows", 2, "--device", "cpu", "--json", "-"]
+    found, written = (
+        json.loads(run("evaluate", *words, *options).stdout)
+        for words in ((model, "-r", model / "tiny.yaml"), (quantized[0],))
+    )
+    assert (found["recipe"], written["recipe"]) == ("tiny", None)
+    assert found["perplexity"] == written["perplexity"]
+    prompt = ["--prompt", "the rain", "--max-new-tokens", 3, "--device", "cpu"]
+    texts = [run("generate", *words, *prompt).stdout for words in ((model, "-r", model / "tiny.yaml"), (quantized[0],))]
+    assert texts[0] == texts[1] != ""
+    refused = run("generate", model, "-r", "gptq-w4a16", *prompt)
+    assert refused.exit_code == 1
+    assert "needs calibration text" in one_line(refused)
+
+
 def test_inspecting_says_what_is_there_and_fails_on_damage(quantized, tmp_path):
     whole = run("inspect", quantized[0])
     assert whole.exit_code == 0, whole.output

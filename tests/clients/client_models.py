@@ -81,6 +81,20 @@ def quantized(model: Subject, layout: str, folder: Path) -> Path:
     return output if output.exists() else export(first, layout, output)
 
 
+INPUTS = {"per token": {"granularity": "token"}, "static": {"granularity": "tensor", "dynamic": False}}
+
+
+def eight_bits(model: Subject, inputs: str, output: Path) -> Path:
+    """A checkpoint of 8-bit weights with inputs quantized as one of INPUTS."""
+    weights = {"bits": 8, "convention": "odyssey", "granularity": {"kind": "channel"}}
+    recipe = {"scheme": {"weights": weights, "activations": INPUTS[inputs]}, "steps": [{"method": "rtn"}]}
+    quantize(
+        model.folder, recipe, output, calibration=model.calibration, samples=model.samples, length=model.length,
+        device="cpu",
+    )  # fmt: skip
+    return output
+
+
 def damaged(checkpoint: Path, output: Path) -> Path:
     """A copy in which every row of one projection of the first block has the scales of the row before it."""
     shutil.copytree(checkpoint, output)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.calibration.encoders import Frame
 from halfbyte.calibration.text import tokenize
 from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.evaluation.drift import negative_log_likelihood
@@ -68,6 +69,13 @@ def test_the_comparison_with_transformers_notices(bug, monkeypatch):
     assert evaluate(pair(), text=TEXT, window=33).perplexity != pytest.approx(expected, rel=1e-3)
 
 
+def test_accuracy_is_the_share_of_next_tokens_that_are_held_most_likely():
+    model, tokenizer = pair()
+    (ids,) = text_windows(TEXT, tokenizer, 60, limit=1)
+    right = (model(input_ids=ids[None]).logits[0, :-1].argmax(1) == ids[1:]).sum()
+    assert evaluate((model, tokenizer), text=TEXT, window=60, limit_windows=1).accuracy == int(right) / 59
+
+
 def test_windows_do_not_overlap_and_the_last_partial_one_is_dropped():
     ids = tokenize(TEXT, tiny_tokenizer())
     windows = text_windows(TEXT, tiny_tokenizer(), 50)
@@ -77,11 +85,13 @@ def test_windows_do_not_overlap_and_the_last_partial_one_is_dropped():
 
 
 def test_with_bos_every_token_of_the_text_is_predicted():
-    windows = text_windows(TEXT, tiny_tokenizer(), 50, bos=True)
-    assert windows[:, 0].tolist() == [tiny_tokenizer().bos_token_id] * len(windows)
-    assert torch.equal(windows[:, 1:].flatten(), tokenize(TEXT, tiny_tokenizer())[: len(windows) * 49])
+    bos = Frame((tiny_tokenizer().bos_token_id,))
+    windows = text_windows(TEXT, tiny_tokenizer(), 50, frame=bos)
+    assert torch.equal(windows.flatten(), tokenize(TEXT, tiny_tokenizer())[: len(windows) * 49])
+    assert bos.around(windows)[:, 0].tolist() == [tiny_tokenizer().bos_token_id] * len(windows)
     with_bos, without = (evaluate(pair(), text=TEXT, window=50, bos=bos) for bos in (True, False))
     assert (with_bos.bos, without.bos) == (True, False)
+    assert (with_bos.predicted, without.predicted) == (len(windows) * 49, without.tokens // 50 * 49)
     assert with_bos.perplexity != without.perplexity
 
 
@@ -109,10 +119,11 @@ def test_json_has_exactly_the_promised_keys():
     found = evaluate(pair(), text=TEXT, window=40, limit_windows=1)
     told = json.loads(json.dumps(found.to_json()))
     assert set(told) == {
-        "perplexity", "tokens", "window", "kl_mean", "kl_p99", "top1_agreement", "model", "against", "bos", "dtype",
-        "seconds",
+        "perplexity", "accuracy", "task", "tokens", "predicted", "window", "kl_mean", "kl_p99", "top1_agreement", "model",
+        "recipe", "against", "bos", "seed", "dtype", "seconds",
     }  # fmt: skip
     assert (told["kl_mean"], told["kl_p99"], told["top1_agreement"], told["against"]) == (None, None, None, None)
+    assert (told["task"], told["predicted"], told["seed"]) == ("next", 39, None)
     assert told["model"] == "LlamaForCausalLM"
 
 
@@ -173,11 +184,6 @@ def test_a_tokenizer_without_bos_cannot_begin_windows_with_it():
     bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     with pytest.raises(CalibrationError, match="no BOS"):
         evaluate((pair()[0], bare), text=TEXT, window=40, bos=True)
-
-
-def test_an_encoder_has_no_perplexity():
-    with pytest.raises(ModelError, match="fills masks"):
-        evaluate((tiny("bert"), tiny_tokenizer()), text=TEXT, window=40)
 
 
 def test_a_model_that_answers_nan_is_not_measured():

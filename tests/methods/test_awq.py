@@ -54,7 +54,7 @@ def output_loss(link, gram):
 def test_scaling_lowers_the_output_error_of_plain_rounding(duo):
     link, _, seen = problem()
     before = output_loss(link, seen["q"].gram)
-    AWQ(duo=duo).transform([link], seen, {"q": FORMAT, "k": FORMAT})
+    AWQ(duo=duo).transform([link], seen, {"q": FORMAT, "k": FORMAT}, {})
     after = output_loss(link, seen["q"].gram)
     assert after < 0.9 * before, after / before
 
@@ -63,7 +63,7 @@ def test_the_scaled_block_computes_what_it_computed():
     link, inputs, seen = problem()
     expected = [inputs @ reader.weight.T for reader in link.readers.values()]
     norm_before = link.writer.weight.clone()
-    AWQ().transform([link], seen, {"q": FORMAT, "k": FORMAT})
+    AWQ().transform([link], seen, {"q": FORMAT, "k": FORMAT}, {})
     scale = norm_before / link.writer.weight
     found = [(inputs / scale) @ reader.weight.T for reader in link.readers.values()]
     assert not torch.allclose(scale, torch.ones_like(scale))
@@ -74,7 +74,7 @@ def test_the_scaled_block_computes_what_it_computed():
 def test_the_statistics_become_those_of_the_scaled_inputs():
     link, inputs, seen = problem()
     norm_before = link.writer.weight.clone()
-    AWQ().transform([link], seen, {"q": FORMAT, "k": FORMAT})
+    AWQ().transform([link], seen, {"q": FORMAT, "k": FORMAT}, {})
     fresh = InputStatistics.empty(inputs.shape[1])
     fresh.absorb(inputs / (norm_before / link.writer.weight))
     assert relative_error(seen["q"].gram, fresh.gram) < 1e-5
@@ -85,7 +85,7 @@ def test_shared_statistics_are_rescaled_once():
     link, _, seen = problem()
     assert seen["q"] is seen["k"]
     before, norm_before = seen["q"].absolute_max.clone(), link.writer.weight.clone()
-    AWQ().transform([link], seen, {"q": FORMAT, "k": FORMAT})
+    AWQ().transform([link], seen, {"q": FORMAT, "k": FORMAT}, {})
     assert torch.allclose(seen["q"].absolute_max, before * link.writer.weight / norm_before, rtol=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_the_balanced_family_does_not_care_how_loud_a_channel_was_made():
     losses = []
     for gain in (1.0, 64.0):
         link, _, seen = problem(gain=gain)
-        AWQ(duo=True).transform([link], seen, {"q": FORMAT, "k": FORMAT})
+        AWQ(duo=True).transform([link], seen, {"q": FORMAT, "k": FORMAT}, {})
         losses.append(output_loss(link, seen["q"].gram))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
@@ -102,7 +102,7 @@ def test_the_balanced_family_does_not_care_how_loud_a_channel_was_made():
 def test_a_reader_that_stays_in_16_bits_does_not_steer_the_search_but_is_scaled():
     link, inputs, seen = problem()
     expected, norm_before = inputs @ link.readers["k"].weight.T, link.writer.weight.clone()
-    AWQ().transform([link], seen, {"q": FORMAT})
+    AWQ().transform([link], seen, {"q": FORMAT}, {})
     scale = norm_before / link.writer.weight
     assert torch.allclose((inputs / scale) @ link.readers["k"].weight.T, expected, rtol=1e-4, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_a_reader_that_stays_in_16_bits_does_not_steer_the_search_but_is_scaled(
 def test_a_link_without_rounded_readers_is_left_alone():
     link, _, seen = problem()
     before = link.writer.weight.clone()
-    AWQ().transform([link], seen, {})
+    AWQ().transform([link], seen, {}, {})
     assert torch.equal(link.writer.weight, before)
 
 

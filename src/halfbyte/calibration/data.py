@@ -7,7 +7,8 @@ c4, pile, wikitext2   a window at a random place of a random document
 random                tokens drawn evenly from the vocabulary without the special ones (ZeroQuant, arXiv 2206.01861)
 self                  what the model writes (LLM-QAT, arXiv 2305.17888)
 
-No special tokens are added, except those of a chat template.
+No special tokens are added, except those of a chat template. An encoder's samples are what it reads: between the
+special tokens of its tokenizer, with some tokens hidden (encoders.py); `self` is not for encoders, which do not write.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from halfbyte.calibration.encoders import check_window, fills_masks, masking_of
 from halfbyte.calibration.self_written import write
 from halfbyte.calibration.text import (
     check_positions,
@@ -85,15 +87,23 @@ def calibration_tokens(
 ) -> Calibration:
     """`samples` samples of at most `length` tokens (exactly `length`, except for a .jsonl).
 
-    `seed` chooses the places in a data set, `random` and `self`; a file has none. `model`, a transformers model on any
-    device, gives the limits that the samples are checked against; `self` needs its weights. CalibrationError where the
-    source is missing, too short, or does not fit the model.
+    `seed` chooses the places in a data set, `random`, `self`, and what is hidden from an encoder; a file has none.
+    `model`, a transformers model on any device, says whether it is an encoder and gives the limits that the samples are
+    checked against; `self` needs its weights. CalibrationError where the source is missing, too short, or does not fit
+    the model.
     """
-    if samples < 1 or length < 2:
-        raise CalibrationError(f"{samples} samples of {length} tokens are no calibration set: ask for 1 of 2 at least")
+    masking = masking_of(tokenizer) if model is not None and fills_masks(model) else None
+    around = 0 if masking is None else len(masking.frame)
+    if samples < 1 or length < 2 + around:
+        raise CalibrationError(
+            f"{samples} samples of {length} tokens are no calibration set: ask for 1 of {2 + around} at least"
+        )
     if model is not None:
+        if masking is not None:
+            check_window(length, model.config, tokenizer, "choose a smaller --length")
         check_positions(length, model.config, "choose a --length within them")
     name = str(source)
+    length -= around
     if name == "random":
         found, description = _random(tokenizer, model, samples, length, seed), f"random tokens, seed {seed}"
     elif name == "self":
@@ -105,6 +115,10 @@ def calibration_tokens(
         found, description = _rows(Path(source).expanduser(), tokenizer, samples, length), f"rows of {Path(name).name}"
     else:
         found, description = _first_windows(Path(source).expanduser(), tokenizer, samples, length), Path(name).name
+    if masking is not None:
+        dice = torch.Generator().manual_seed(seed)
+        found = [masking.hide(sample, dice)[0] for sample in found]
+        description += f", some hidden by seed {seed}"
     if model is not None:
         check_vocabulary(torch.cat(found), model.config)
     tokens = sum(len(sample) for sample in found)
@@ -140,6 +154,8 @@ def _random(tokenizer: Any, model: Any, samples: int, length: int, seed: int) ->
 def _self(tokenizer: Any, model: Any, samples: int, length: int, seed: int) -> list[Tensor]:
     if model is None:
         raise CalibrationError("the source `self` needs the loaded model, which writes the text: give it, or a file")
+    if fills_masks(model):
+        raise CalibrationError("an encoder fills masks and writes no text of its own: give a text file, or `random`")
     generator = torch.Generator().manual_seed(seed)
     vocabulary = ordinary_tokens(tokenizer, model)
     first = vocabulary[torch.randint(len(vocabulary), (samples,), generator=generator)]

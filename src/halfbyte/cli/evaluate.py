@@ -24,30 +24,47 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the Hugging Face hub.")
     ],
     text: Annotated[Path, typer.Option(metavar="FILE", help="A text that the model was not calibrated on.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", metavar="NAME|FILE", help="Quantize while loading, by a recipe that needs no data."
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="ORIGINAL", help="The model as it was: measure the drift from it."),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that the model reads at a time; papers use 2048.")] = 2048,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens that the model reads at a time: 2048, as in papers, or all that an encoder can read.",
+            show_default=False,
+        ),
+    ] = None,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Only the first so many windows.")] = None,
     device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.AUTO,
     dtype: Annotated[
         Dtype, typer.Option(help="auto is float32 on the CPU and the checkpoint's own type on a GPU.")
     ] = Dtype.AUTO,
     bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = False,
+    seed: Annotated[int, typer.Option(help="Chooses the tokens that are hidden from an encoder.")] = 0,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write what was measured as JSON; - is stdout.")
     ] = None,
 ) -> None:
     """Measure a model's perplexity, and with --against how far quantization has moved it.
 
-    Perplexity is per token, over windows that do not overlap. Against the
-    original, on the same tokens: mean and 99 % quantile of the KL divergence,
-    and how often both models hold the same token most likely.
+    Perplexity is per token, over windows that do not overlap. Of an encoder
+    (BERT): the share of hidden tokens that it finds. Against the original, on
+    the same tokens: mean and 99 % quantile of the KL divergence, and how often
+    both models hold the same token most likely.
 
     \b
     halfbyte evaluate model-w4 --text held-out.txt
     halfbyte evaluate model-w4 --against org/model --text held-out.txt
+    halfbyte evaluate org/model -r rtn-w4a16 --against org/model --text held-out.txt
+    halfbyte evaluate bert-w8a8 --against org/bert --text held-out.txt
     """
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     import torch
@@ -59,6 +76,7 @@ def evaluate(
     with progress() as step:
         measured = run(
             model,
+            recipe=recipe,
             against=against,
             text=text,
             window=window,
@@ -66,6 +84,7 @@ def evaluate(
             device=device.value,
             dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
             bos=bos,
+            seed=seed,
             progress=lambda done, total: step(done, total, f"window {done} of {total}"),
         )
     if json is not None:

@@ -15,6 +15,12 @@ def generate(
         str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the Hugging Face hub.")
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What the model continues.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", "-r", metavar="NAME|FILE", help="Quantize while loading, by a recipe that needs no data."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
     sample: Annotated[
         bool,
@@ -32,6 +38,7 @@ def generate(
     \b
     halfbyte generate model-w4 --prompt "The capital of France is"
     halfbyte generate model-w4 --prompt "Once upon a time" --sample --seed 1
+    halfbyte generate org/model -r rtn-w4a16 --prompt "Once upon a time"
     """
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     import torch
@@ -45,6 +52,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sample=sample,
         seed=seed,
+        recipe=recipe,
         device=device.value,
         dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
     )

@@ -108,18 +108,22 @@ def report(done: Report) -> Group:
 
 
 def evaluation(measured: Evaluation) -> Group:
-    """Perplexity, drift, and how they were measured."""
+    """Perplexity, of an encoder first its accuracy, drift, and how they were measured."""
+    masked = measured.task == "masked"
     rows = table("", "", numbers=1)
-    rows.add_row("perplexity", f"{measured.perplexity:.4f}")
+    if masked:
+        rows.add_row("hidden tokens found", f"{100 * measured.accuracy:.2f} %")
+    rows.add_row("perplexity of the hidden tokens" if masked else "perplexity", f"{measured.perplexity:.4f}")
     if measured.kl_mean is not None and measured.kl_p99 is not None and measured.top1_agreement is not None:
         rows.add_row("KL divergence from the original, mean", f"{measured.kl_mean:.5f} nats")
         rows.add_row("KL divergence, 99 % quantile", f"{measured.kl_p99:.5f} nats")
         rows.add_row("same most likely token", f"{100 * measured.top1_agreement:.2f} %")
     start = "with BOS" if measured.bos else "without BOS"
+    how = f"{measured.predicted} hidden, seed {measured.seed}" if masked else start
     return Group(
         rows,
         Text(
-            f"{measured.tokens} tokens in windows of {measured.window} {start}, {measured.dtype}, "
+            f"{measured.tokens} tokens in windows of {measured.window}, {how}, {measured.dtype}, "
             f"{duration(measured.seconds)}",
             style="dim",
         ),

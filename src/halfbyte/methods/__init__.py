@@ -1,9 +1,10 @@
 """The methods, one file each. To add one: its file, its line here, its test, its page in docs/."""
 
 from halfbyte.methods.awq import AWQ
+from halfbyte.methods.fptq import FPTQ
 from halfbyte.methods.gptq import GPTQ
 from halfbyte.methods.lkd import LKD
 from halfbyte.methods.rtn import RTN
 from halfbyte.methods.smoothquant import SmoothQuant
 
-METHODS = {"awq": AWQ, "gptq": GPTQ, "lkd": LKD, "rtn": RTN, "smoothquant": SmoothQuant}
+METHODS = {"awq": AWQ, "fptq": FPTQ, "gptq": GPTQ, "lkd": LKD, "rtn": RTN, "smoothquant": SmoothQuant}

@@ -8,9 +8,8 @@ from torch import nn
 
 from halfbyte.machine import pick_device
 from halfbyte.models.load import skeleton
-from halfbyte.runtime.linear import QuantizedLinear
-from halfbyte.runtime.load import layout_and_formats, quantization_of
-from halfbyte.scheme import WeightFormat
+from halfbyte.runtime.load import Formats, layout_and_formats, quantization_of
+from halfbyte.runtime.replacement import linear_for
 
 
 def kernels_here(folder: Path, *, device: str = "auto", trust_remote_code: bool = False) -> dict[str, int]:
@@ -25,21 +24,21 @@ def kernels_here(folder: Path, *, device: str = "auto", trust_remote_code: bool 
     bones = skeleton(folder, trust_remote_code=trust_remote_code)
     stated = getattr(bones.config, "dtype", None)
     dtype = stated if place.type == "cuda" and isinstance(stated, torch.dtype) else torch.float32
-    chosen: dict[tuple[WeightFormat, int, int], str] = {}
+    chosen: dict[tuple[Formats, int, int], str] = {}
     count: Counter[str] = Counter()
-    for path, format in layout_and_formats(quantization, bones)[1].items():
+    for path, formats in layout_and_formats(quantization, bones)[1].items():
         linear = bones.model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        key = (format, linear.out_features, linear.in_features)
+        key = (formats, linear.out_features, linear.in_features)
         if key not in chosen:
             chosen[key] = _kernel(*key, place, dtype)
         count[chosen[key]] += 1
     return dict(count.most_common())
 
 
-def _kernel(format: WeightFormat, out: int, columns: int, device: torch.device, dtype: torch.dtype) -> str:
-    """What a layer of this format and shape chooses: asked of one whose weight is all zeros."""
-    layer = QuantizedLinear(columns, out, format, bias=False, device=str(device))
+def _kernel(formats: Formats, out: int, columns: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What a layer of these formats and shape chooses: asked of one whose weight is all zeros."""
+    layer = linear_for(*formats, columns, out, bias=False, device=str(device))
     for name, buffer in layer.named_buffers():
         if name != "weight_shape":
             buffer.zero_()

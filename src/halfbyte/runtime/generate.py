@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.calibration.encoders import fills_masks
 from halfbyte.calibration.text import longest_sequence
 from halfbyte.errors import ModelError
-from halfbyte.runtime.load import Pair, opened
+from halfbyte.runtime.load import AnyRecipe, Pair, opened
 
 
 @torch.no_grad()
@@ -17,6 +18,7 @@ def generate(
     max_new_tokens: int = 64,
     sample: bool = False,
     seed: int = 0,
+    recipe: AnyRecipe | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> str:
@@ -24,9 +26,15 @@ def generate(
 
     The likeliest token every time, or with `sample` one drawn from the model's distribution; the same `seed` draws the
     same text. `model` is a folder, a hub name, or a loaded (model, tokenizer) pair, for which `device` and `dtype` mean
-    nothing. ModelError where the prompt is empty or leaves the model's positions.
+    nothing; with `recipe` a folder is quantized while it is loaded, as `load` does it. ModelError where the prompt is
+    empty or leaves the model's positions, or the model is an encoder.
     """
-    network, tokenizer = opened(model, device=device, dtype=dtype)
+    network, tokenizer = opened(model, recipe=recipe, device=device, dtype=dtype)
+    if fills_masks(network):
+        raise ModelError(
+            f"{type(network).__name__} fills masks and writes no text: call the model itself on a text with "
+            f"{tokenizer.mask_token or 'a mask'} in it, or measure it with halfbyte.evaluate"
+        )
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(network.device)
     length = inputs["input_ids"].shape[1]
     limit = longest_sequence(network.config)

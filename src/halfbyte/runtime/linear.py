@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.kernels.w4a16 import GEMV_TOKENS, cpu, route, wna16_matmul
 from halfbyte.layouts.compressed_tensors import CompressedTensors
-from halfbyte.layouts.layout import resolved, scale_dtype
-from halfbyte.numerics.grid import scales_shape
+from halfbyte.layouts.layout import resolved
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import int32_words
-from halfbyte.scheme import FloatScale, PerTensor, WeightFormat
+from halfbyte.runtime.rooms import weight_room
+from halfbyte.scheme import WeightFormat
 
 LAYOUT = CompressedTensors()
+TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 MANY_TOKENS = 2**20
 UNPREPARED = "none: not prepared"
 
@@ -45,17 +46,9 @@ class QuantizedLinear(nn.Module):
         """Room for a weight of this format, for `fill` or a loader, and then `prepare`."""
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
-        rows, groups = scales_shape(out_features, in_features, format.granularity)
-        scales = (1,) if format.granularity == PerTensor() else (rows, groups)
-        words = int32_words.words_for(in_features, format.bits)
-        self.register_buffer("weight_packed", torch.empty(out_features, words, dtype=torch.int32, device=device))
-        self.register_buffer("weight_scale", torch.empty(scales, dtype=_scale_dtype(format), device=device))
-        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
-        zero_points = None
-        if not format.symmetric:
-            rows = int32_words.words_for(out_features, format.bits)
-            zero_points = torch.empty(rows, groups, dtype=torch.int32, device=device)
-        self.register_buffer("weight_zero_point", zero_points)
+        room = weight_room(out_features, in_features, format, device)
+        for name in TENSORS:
+            self.register_buffer(name, room.get(name))
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
         self._activations = torch.empty(0, device=device)  # of the dtype to expect; what casts the module casts it too
         self.kernel = UNPREPARED
@@ -75,7 +68,7 @@ class QuantizedLinear(nn.Module):
                 f"the stored weight is {shape[0]}x{shape[1]} and the model asks for {self.out_features}x"
                 f"{self.in_features}: config.json and the tensors do not belong together"
             )
-        for name in LAYOUT.suffixes:
+        for name in TENSORS:
             setattr(self, name, tensors[name] if getattr(self, name) is not None else None)
         self.bias = bias
         self.format = resolved(self.format, self.weight_scale.dtype)
@@ -156,8 +149,3 @@ class QuantizedLinear(nn.Module):
         if not scales.is_meta:
             self.weight_scale = scales.to(self.weight_packed.device)
         return self.prepare(self._activations.dtype) if ready else self
-
-
-def _scale_dtype(format: WeightFormat) -> torch.dtype:
-    """float32 holds every type that scales are stored in."""
-    return torch.float32 if format.scale == FloatScale(dtype="model") else scale_dtype(format)

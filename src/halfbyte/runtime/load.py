@@ -1,20 +1,20 @@
-"""From a folder or hub name to a model that can answer, quantized or not, and its tokenizer.
+"""From a folder or hub name to a model that can answer, quantized, to be quantized or neither, and its tokenizer.
 
 A quantized folder is read tensor by tensor: every tensor that belongs to a quantized weight is used, every linear that
 the configuration calls quantized gets its tensors, or there is no model. Nothing is ever left randomly initialised.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
-from halfbyte.errors import CheckpointError, FormatError, HalfbyteError
-from halfbyte.layouts import LAYOUTS, layout_of
+from halfbyte.errors import CheckpointError, FormatError, HalfbyteError, RecipeError
+from halfbyte.layouts import LAYOUTS, inputs, layout_of
 from halfbyte.layouts.layout import Layout
 from halfbyte.machine import pick_device
 from halfbyte.models.load import (
@@ -27,37 +27,67 @@ from halfbyte.models.load import (
     read_config,
     skeleton,
 )
-from halfbyte.runtime.linear import QuantizedLinear
-from halfbyte.scheme import WeightFormat
+from halfbyte.recipe import Recipe
+from halfbyte.runtime.on_the_fly import quantize_linears
+from halfbyte.runtime.replacement import from_checkpoint
+from halfbyte.scheme import ActivationFormat, WeightFormat
 
 Pair = tuple[Any, Any]
 """A transformers model and its tokenizer."""
 
+Formats = tuple[WeightFormat, ActivationFormat | None]
+"""Of a linear's weight, and of its input (None: as it comes)."""
+
+AnyRecipe = Recipe | str | Path | Mapping[str, Any]
+"""A recipe, the name of a shipped one, a file, or its fields."""
+
 OWN_METHOD = "halfbyte"
-OWN_LAYOUT = LAYOUTS["compressed-tensors"]  # the tensors of our own method, and what QuantizedLinear runs
+OWN_LAYOUT = LAYOUTS["compressed-tensors"]  # the tensors of our own method, and what our linears run
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load(
-    path_or_name: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    path_or_name: str | Path,
+    *,
+    recipe: AnyRecipe | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Pair:
     """A transformers model in evaluation mode and its tokenizer.
 
-    `device`: auto is the GPU, or the CPU without one. `dtype`: float32 on the CPU and the checkpoint's own on a GPU,
-    unless given. CheckpointError where the folder is damaged, unfinished, or not what its config.json says.
+    `recipe`: quantize an unquantized model while it is read, by a recipe that needs no data (`rtn-w8a16`, ...); nothing
+    is written. `device`: auto is the GPU, or the CPU without one. `dtype`: float32 on the CPU and the checkpoint's own
+    on a GPU, unless given. CheckpointError where the folder is damaged, unfinished, or not what its config.json says;
+    RecipeError where the recipe needs data.
     """
     folder = locate(path_or_name)
-    model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_model(folder, recipe=recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def opened(model: str | Path | Pair, *, device: str = "auto", dtype: torch.dtype | None = None) -> Pair:
-    """A loaded pair as it is, or what `load` makes of a folder or name."""
-    return load(model, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+def opened(
+    model: str | Path | Pair,
+    *,
+    recipe: AnyRecipe | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Pair:
+    """A loaded pair as it is, or what `load` makes of a folder or name. RecipeError for a pair and a recipe."""
+    if isinstance(model, str | Path):
+        return load(model, recipe=recipe, device=device, dtype=dtype)
+    if recipe is not None:
+        raise RecipeError("a model in memory is used as it is, without a recipe: give its folder or name")
+    return model
 
 
 def load_model(
-    folder: Path, *, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    recipe: AnyRecipe | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The model of `load`, without its tokenizer."""
     place = pick_device(device)
@@ -65,6 +95,11 @@ def load_model(
         dtype = torch.float32
     config = read_config(folder, trust_remote_code=trust_remote_code)
     files = WeightFiles(folder)
+    if recipe is not None:
+        bones = skeleton(folder, trust_remote_code=trust_remote_code, refuse_quantized=True)
+        dtype = dtype or _own_dtype(bones, files)
+        paths = quantize_linears(bones, files, Recipe.load(recipe), place, dtype)
+        return _completed(bones, files, paths, place, dtype)
     if quantization := quantization_of(folder):
         bones = skeleton(folder, trust_remote_code=trust_remote_code)
         return _load_quantized(files, quantization, bones, place, dtype)
@@ -95,8 +130,8 @@ def quantization_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
 
 
-def layout_and_formats(quantization: Mapping[str, Any], bones: Skeleton) -> tuple[Layout, dict[str, WeightFormat]]:
-    """How the tensors are laid out, and the format of every linear that a `quantization_config` calls quantized.
+def layout_and_formats(quantization: Mapping[str, Any], bones: Skeleton) -> tuple[Layout, dict[str, Formats]]:
+    """How the tensors are laid out, and the formats of every linear that a `quantization_config` calls quantized.
 
     Keys are paths in the skeleton. CheckpointError for what we cannot read or cannot run.
     """
@@ -107,20 +142,21 @@ def layout_and_formats(quantization: Mapping[str, Any], bones: Skeleton) -> tupl
             "it"
         )
     paths = [path for path, module in bones.model.named_modules() if isinstance(module, nn.Linear)]
-    on_disk = layout.formats(quantization, [bones.disk_path(path) for path in paths])
+    on_disk = [bones.disk_path(path) for path in paths]
+    formats, activations = layout.formats(quantization, on_disk), layout.activations(quantization, on_disk)
     # clients differ in whether a head has its name on disk or in memory: ignored under one is ignored
     outside = layout.formats(quantization, [path for path in paths if not path.startswith(bones.blocks_name)])
-    formats = {
-        path: on_disk[bones.disk_path(path)]
-        for path in paths
-        if bones.disk_path(path) in on_disk and (path.startswith(bones.blocks_name) or path in outside)
+    found = {
+        path: (formats[name], activations.get(name))
+        for path, name in zip(paths, on_disk, strict=True)
+        if name in formats and (path.startswith(bones.blocks_name) or path in outside)
     }
-    if not formats:
+    if not found:
         raise CheckpointError(
             "quantization_config selects none of the model's linear layers: config.json and the model do not belong "
             "together"
         )
-    return layout, formats
+    return layout, found
 
 
 def _load_quantized(
@@ -133,14 +169,15 @@ def _load_quantized(
     layout, formats = layout_and_formats(quantization, bones)
     dtype = dtype or _own_dtype(bones, files)
     used: set[str] = set()
-    for path, format in formats.items():
+    for path, (format, activations) in formats.items():
         linear = bones.model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        names = {suffix: bones.stored_name(f"{path}.{suffix}", files) for suffix in layout.suffixes}
+        suffixes = (*layout.names(format), *(inputs.SUFFIXES if activations is not None else ()))
+        names = {suffix: bones.stored_name(f"{path}.{suffix}", files) for suffix in suffixes}
         tensors = {suffix: files.read(name) for suffix, name in names.items() if name in files}
         bias = None if linear.bias is None else files.read(bones.stored_name(f"{path}.bias", files))
         try:
-            replacement = _quantized(linear, layout, tensors, bias, format)
+            replacement = from_checkpoint(linear, layout, tensors, bias, format, activations)
         except HalfbyteError as cause:
             raise CheckpointError(f"{bones.disk_path(path)} in {files.folder}: {cause}") from cause
         bones.model.set_submodule(path, replacement.to(device).prepare(dtype))
@@ -150,23 +187,19 @@ def _load_quantized(
             f"{files.folder} holds {_some(left)}, which belong to no quantized layer of its config.json: the two do "
             "not belong together"
         )
+    return _completed(bones, files, formats, device, dtype)
+
+
+def _completed(
+    bones: Skeleton, files: WeightFiles, quantized: Iterable[str], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """The model, once the linears at `quantized` are replaced: everything else is read."""
     materialize(bones, files, list(bones.blocks.named_modules(prefix=bones.blocks_name)), device, dtype)
     materialize_outer(bones, files, device, dtype)
-    for path in formats:
+    for path in quantized:
         # a head that shares the embedding's weight has got it back; what was quantized runs from its own
         bones.model.get_submodule(path)._parameters.pop("weight", None)
     return _finished(bones.model, files.folder)
-
-
-def _quantized(
-    linear: nn.Linear, layout: Layout, tensors: Mapping[str, Tensor], bias: Tensor | None, format: WeightFormat
-) -> QuantizedLinear:
-    """The module that runs these tensors in place of `linear`."""
-    if layout is not OWN_LAYOUT:
-        weight = layout.read(tensors, format)
-        tensors, format = OWN_LAYOUT.write(weight), weight.format
-    room = QuantizedLinear(linear.in_features, linear.out_features, format, bias=bias is not None, device="meta")
-    return room.fill(tensors, bias)
 
 
 def _own_dtype(bones: Skeleton, files: WeightFiles) -> torch.dtype:
@@ -174,7 +207,8 @@ def _own_dtype(bones: Skeleton, files: WeightFiles) -> torch.dtype:
     stated = getattr(bones.config, "dtype", None)
     if isinstance(stated, torch.dtype):
         return stated
-    return next(files.dtype(name) for name in files if name.endswith(".weight") and len(files.shape(name)) == 2)
+    matrices = (files.dtype(name) for name in files if name.endswith(".weight") and len(files.shape(name)) == 2)
+    return next(dtype for dtype in matrices if dtype.is_floating_point)
 
 
 def _finished(model: Any, folder: Path) -> Any:

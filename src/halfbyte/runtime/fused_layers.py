@@ -1,0 +1,160 @@
+"""What runs in a fused layer: codes from norms and activations, integer products, sums where products end.
+
+    a layer of transformers                        here
+    norm of x                                      norm and codes in one pass
+    linears that read it                           one integer product of their concatenated weights
+    rotations, cache, attention                    the model's own module: its linears are stand-ins that hand out the
+                                                   product's columns, and hand back what attention gives as it is
+    output linear, then its sum with x             codes of each token; product, scales, bias and x in one pass
+    gelu, or silu(gate) · up                       activation and codes in one pass
+
+A static input has its scale beforehand: there the model's own norm or activation runs, and then one pass to codes.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int8
+from torch import Tensor, nn
+
+from halfbyte.kernels.token_quantize import (
+    Approximation,
+    gelu_quantize,
+    layer_norm_quantize,
+    quantize_static,
+    quantize_tokens,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from halfbyte.kernels.w8a8 import int8_matmul
+from halfbyte.runtime.integer_linear import IntegerLinear
+
+Codes = tuple[Int8[Tensor, "tokens in"], Float32[Tensor, "tokens"] | Float32[Tensor, "1"]]
+"""Of tokens, and one scale for each or one for all."""
+
+# transformers' and torch's classes of activation functions that have a kernel; any other runs as it is
+SILU = ("SiLUActivation", "SiLU")
+GELU: dict[str, Approximation] = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "FastGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+}
+
+
+class FusedLinears(nn.Module):
+    """The products of a layer. `qkv` is None where attention multiplies its input itself."""
+
+    def __init__(self, qkv: IntegerLinear | None, out: IntegerLinear, up: IntegerLinear, down: IntegerLinear) -> None:
+        super().__init__()
+        self.qkv, self.out, self.up, self.down = qkv, out, up, down
+
+
+class Columns(nn.Module):
+    """Stands where a linear stood that is part of a larger one: its columns of the product."""
+
+    def __init__(self, first: int, count: int) -> None:
+        super().__init__()
+        self.first, self.count = first, count
+
+    def forward(self, product: Float[Tensor, "*leading all"]) -> Float[Tensor, "*leading own"]:
+        return product.narrow(-1, self.first, self.count)
+
+    def extra_repr(self) -> str:
+        return f"{self.first}..{self.first + self.count - 1}"
+
+
+def llama(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """A layer of Llama, Mistral, Qwen2 or Qwen3."""
+    linears, x, norm = layer.fused, hidden_states.flatten(0, 1), layer.input_layernorm
+    read = norm(x) if linears.qkv is None else product(after_rms_norm(norm, x, linears.qkv), linears.qkv, x.dtype)
+    attended, _ = layer.self_attn(_sequences(read, hidden_states), attention_mask=attention_mask, **kwargs)
+    x = product(of_tokens(attended.flatten(0, 1), linears.out), linears.out, x.dtype, residual=x)
+    inner = product(after_rms_norm(layer.post_attention_layernorm, x, linears.up), linears.up, x.dtype)
+    x = product(after_gate(layer.mlp, inner, linears.down), linears.down, x.dtype, residual=x)
+    return _sequences(x, hidden_states)
+
+
+def gpt_neox(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """A layer of GPT-NeoX, whose MLP reads the layer's input or, without `use_parallel_residual`, the first sum."""
+    linears, x, norm = layer.fused, hidden_states.flatten(0, 1), layer.input_layernorm
+    read = norm(x) if linears.qkv is None else product(after_layer_norm(norm, x, linears.qkv), linears.qkv, x.dtype)
+    attended, _ = layer.attention(_sequences(read, hidden_states), attention_mask=attention_mask, **kwargs)
+    first = product(of_tokens(attended.flatten(0, 1), linears.out), linears.out, x.dtype, residual=x)
+    second = x if layer.use_parallel_residual else first
+    inner = product(after_layer_norm(layer.post_attention_layernorm, second, linears.up), linears.up, x.dtype)
+    codes = after_activation(layer.mlp.act, layer.mlp, inner, linears.down)
+    return _sequences(product(codes, linears.down, x.dtype, residual=first), hidden_states)
+
+
+def bert(
+    layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *_encoder: Any, **kwargs: Any
+) -> Tensor:
+    """A layer of BERT, whose norms follow the sums. It reads no encoder, as BERT itself without cross-attention."""
+    linears, x = layer.fused, hidden_states.flatten(0, 1)
+    read = x if linears.qkv is None else product(of_tokens(x, linears.qkv), linears.qkv, x.dtype)
+    attended, _ = layer.attention.self(_sequences(read, hidden_states), attention_mask=attention_mask, **kwargs)
+    x = product(of_tokens(attended.flatten(0, 1), linears.out), linears.out, x.dtype, residual=x)
+    x = layer.attention.output.LayerNorm(x)
+    inner = product(of_tokens(x, linears.up), linears.up, x.dtype)
+    codes = after_activation(layer.intermediate.intermediate_act_fn, layer.intermediate, inner, linears.down)
+    x = product(codes, linears.down, x.dtype, residual=x)
+    return _sequences(layer.output.LayerNorm(x), hidden_states)
+
+
+def _sequences(rows: Float[Tensor, "tokens out"], like: Float[Tensor, "batch length in"]) -> Tensor:
+    return rows.view(*like.shape[:2], -1)
+
+
+def product(
+    codes: Codes, linear: IntegerLinear, dtype: torch.dtype, residual: Float[Tensor, "tokens out"] | None = None
+) -> Float[Tensor, "tokens out"]:
+    """What `linear` gives for these codes, plus the residual, rounded once."""
+    assert linear.weight is not None
+    x, x_scales = codes
+    return int8_matmul(
+        x, x_scales, linear.weight, linear._scales[:, 0], bias=linear.bias, residual=residual, dtype=dtype
+    )
+
+
+def of_tokens(x: Float[Tensor, "tokens in"], linear: IntegerLinear) -> Codes:
+    """x as `linear` reads it."""
+    if linear.input_scale is not None:
+        return quantize_static(x, linear.input_scale), linear.input_scale
+    found = quantize_tokens(x)
+    return found.codes, found.scales
+
+
+def after_rms_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: IntegerLinear) -> Codes:
+    """norm(x) as `linear` reads it."""
+    if linear.input_scale is not None:
+        return of_tokens(norm(x), linear)
+    found, _ = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, rounds_before_weight=True)
+    return found.codes, found.scales
+
+
+def after_layer_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: IntegerLinear) -> Codes:
+    """norm(x) as `linear` reads it."""
+    if linear.input_scale is not None:
+        return of_tokens(norm(x), linear)
+    found, _ = layer_norm_quantize(x, norm.weight, norm.bias, norm.eps)
+    return found.codes, found.scales
+
+
+def after_gate(mlp: Any, inner: Float[Tensor, "tokens gates_and_ups"], linear: IntegerLinear) -> Codes:
+    """act(gate) · up as `linear` reads it. `mlp`: the model's own, between stand-ins."""
+    if linear.input_scale is not None or type(mlp.act_fn).__name__ not in SILU:
+        return of_tokens(mlp(inner), linear)
+    found = silu_mul_quantize(inner)
+    return found.codes, found.scales
+
+
+def after_activation(
+    activation: nn.Module, mlp: nn.Module, inner: Float[Tensor, "tokens in"], linear: IntegerLinear
+) -> Codes:
+    """activation(inner) as `linear` reads it. `mlp`: the model's own module around it, between stand-ins."""
+    approximate = GELU.get(type(activation).__name__)
+    if linear.input_scale is not None or approximate is None:
+        return of_tokens(mlp(inner), linear)
+    found = gelu_quantize(inner, approximate=approximate)
+    return found.codes, found.scales

@@ -1,0 +1,62 @@
+"""Quantizing while a model is loaded, for recipes that need no data: nothing is written.
+
+Linears are read, rounded and replaced one by one, so that memory holds the result and one layer in 32 bits. Which
+linears, and to which formats, is `plan_modules`'s word, as for a run that writes a checkpoint.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import HalfbyteError, RecipeError
+from halfbyte.models.load import Skeleton, WeightFiles, materialize
+from halfbyte.numerics.activations import InputQuantizer
+from halfbyte.numerics.quantized import QuantizedModule, along_rows
+from halfbyte.plan import ModulePlan, plan_modules
+from halfbyte.recipe import Recipe
+from halfbyte.runtime.replacement import from_module
+
+
+@torch.no_grad()
+def quantize_linears(
+    bones: Skeleton, files: WeightFiles, recipe: Recipe, device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    """Put what runs the recipe's formats in the place of the model's linears. Edits the skeleton; returns the paths.
+
+    RecipeError for a recipe that needs data, or that does not fit the model.
+    """
+    if recipe.needs_data:
+        raise RecipeError(
+            f"recipe {recipe.name!r} needs calibration text, which there is none of while a model is loaded: quantize "
+            f"once (`halfbyte quantize {files.folder} -r {recipe.name} --calibration TEXT -o OUT`) and load the result"
+        )
+    replaced = []
+    for plan in plan_modules(bones, files, recipe):
+        if plan.format is not None:
+            _replace(bones, files, recipe, plan, device, dtype)
+            replaced.append(plan.path)
+            files.close()  # what was read no longer counts as this process's memory
+    return replaced
+
+
+def _replace(
+    bones: Skeleton, files: WeightFiles, recipe: Recipe, plan: ModulePlan, device: torch.device, dtype: torch.dtype
+) -> None:
+    assert plan.format is not None
+    linear = bones.model.get_submodule(plan.path)
+    assert isinstance(linear, nn.Linear)
+    materialize(bones, files, [(plan.path, linear)], device, dtype=None)
+    weight = linear.weight.float()
+    try:
+        rounded = along_rows(recipe.rounding.quantize(weight, plan.format, None))
+    except HalfbyteError as cause:
+        raise type(cause)(f"{plan.path}: {cause}") from cause
+    inputs = None if plan.activations is None else InputQuantizer(plan.activations)
+    bias = None if linear.bias is None else linear.bias.data
+    module = QuantizedModule(rounded, inputs, _kept(linear.weight.data, plan))
+    bones.model.set_submodule(plan.path, from_module(module, bias).prepare(dtype))
+
+
+def _kept(weight: Tensor, plan: ModulePlan) -> Tensor | None:
+    """All columns, where a dynamic outlier split multiplies them as the model has them."""
+    split = None if plan.activations is None else plan.activations.outliers
+    return weight if split is not None and split.weights == "kept" else None

@@ -1,0 +1,261 @@
+"""Prepared 4-bit weights: every kernel against the float64 reference, on signed inputs, ragged shapes, all codes seen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from without_layouts import interpreted
+
+from closeness import assert_close, relative_error
+from halfbyte.errors import WeightError
+from halfbyte.kernels.w4a16 import dense_kernel, few_tokens, many_tokens, reference, tensor_cores, tilings
+from halfbyte.kernels.w4a16.tensor_cores import TensorCoreWeight
+from halfbyte.kernels.w4a16.tilings import Block, Stream
+from halfbyte.packing import int32_words, mma_tiles
+
+FEW = interpreted(few_tokens)
+
+
+class Problem(NamedTuple):
+    x: Tensor
+    packed: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    group_size: int
+    bias: Tensor | None
+
+    def prepared(self) -> TensorCoreWeight:
+        return tensor_cores.prepare(self.packed, self.scales, self.zero_points, 4, self.group_size, self.x.dtype)
+
+    def expected(self) -> Tensor:
+        return reference.wna16_matmul(self.x, self.packed, self.scales, self.zero_points, 4, self.group_size, self.bias)
+
+
+def problem(
+    tokens: int, ins: int, outs: int, group_size: int, *, asymmetric: bool = True, bias: bool = True,
+    dtype: torch.dtype = torch.float16, seed: int = 0,
+) -> Problem:  # fmt: skip
+    """Signed inputs with an outlier, the first and the last code present, scales of uneven size."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (outs, ins), dtype=torch.uint8, generator=g)
+    codes[0, 0], codes[-1, -1] = 0, 15
+    shape = (outs, ins // group_size)
+    zero_points = torch.randint(0, 16, shape, dtype=torch.uint8, generator=g)
+    zero_points[0, 0], zero_points[-1, -1] = 0, 15
+    x = torch.randn(tokens, ins, generator=g)
+    x[-1, ins // 2] = -30
+    return Problem(
+        x.to(dtype),
+        int32_words.pack(codes, 4),
+        torch.rand(shape, generator=g).add(0.1).div(16).to(dtype),
+        zero_points if asymmetric else None,
+        group_size,
+        torch.randn(outs, generator=g).to(dtype) if bias else None,
+    )
+
+
+def launch(problem: Problem, tiling: Stream | Block, weight: TensorCoreWeight | None = None) -> Tensor:
+    weight = weight or problem.prepared()
+    arguments = (weight.words, weight.scales, weight.offsets, weight.counters, weight.outs, weight.group_size)
+    kernel = FEW if isinstance(tiling, Stream) else many_tokens
+    return kernel.matmul(problem.x, *arguments, problem.bias, tiling)
+
+
+GROUPS = [
+    pytest.param(256, 128, id="groups-of-128"),
+    pytest.param(1024, 256, id="groups-of-256"),
+    pytest.param(320, 64, id="groups-of-64"),
+    pytest.param(352, 32, id="groups-of-32"),
+    pytest.param(208, 208, id="one-group"),
+]
+# inputs 208 and 352 are no whole tiles, outputs 40, 72 and 200 no whole blocks
+STREAMS = [
+    pytest.param(3, 40, Stream(8, 64, 2, 2, 3, 1), id="warps"),
+    pytest.param(1, 72, Stream(8, 16, 4, 2, 2, 3), id="split"),
+    pytest.param(9, 200, Stream(16, 128, 1, 1, 4, 1), id="two-tiles"),
+]
+BLOCKS = [
+    pytest.param(3, 40, Block(16, 64, 64, 4, 2, 1), id="one"),
+    pytest.param(20, 72, Block(16, 64, 128, 4, 2, 2), id="split"),
+    pytest.param(35, 200, Block(16, 128, 64, 8, 3, 1, beside=2), id="many"),
+]
+
+
+@pytest.mark.parametrize(("ins", "group_size"), GROUPS)
+@pytest.mark.parametrize(("tokens", "outs", "stream"), STREAMS)
+def test_a_stream_agrees_with_the_reference(tokens: int, outs: int, stream: Stream, ins: int, group_size: int) -> None:
+    given = problem(tokens, ins, outs, group_size)
+    # all sums are in float32: the only rounding to float16 is the result's
+    assert_close(launch(given, stream), given.expected(), rounding_steps=1)
+
+
+@pytest.mark.parametrize(("ins", "group_size"), GROUPS)
+@pytest.mark.parametrize(("tokens", "outs", "block"), BLOCKS)
+def test_blocks_agree_with_the_reference(tokens: int, outs: int, block: Block, ins: int, group_size: int) -> None:
+    given = problem(tokens, ins, outs, group_size)
+    # the weight is rounded, and the result
+    assert_close(launch(given, block), given.expected(), rounding_steps=2)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_a_stream_agrees_with_the_reference_in_bfloat16(group_size: int) -> None:
+    given = problem(3, 256, 40, group_size, dtype=torch.bfloat16)
+    # one rounding, which the interpreter does by cutting off
+    assert_close(launch(given, Stream(8, 64, 2, 2, 2, 1)), given.expected(), rounding_steps=2)
+
+
+@pytest.mark.parametrize("tiling", [Stream(8, 32, 2, 2, 2, 1), Block(16, 64, 64, 4, 2, 1)], ids=["stream", "block"])
+def test_without_zero_points_every_zero_is_eight(tiling: Stream | Block) -> None:
+    given = problem(3, 256, 40, 64, asymmetric=False, bias=False)
+    assert_close(launch(given, tiling), given.expected(), rounding_steps=2)
+
+
+@pytest.mark.parametrize("tiling", [Stream(16, 64, 2, 2, 2, 1), Block(16, 64, 64, 4, 2, 1)], ids=["stream", "block"])
+def test_the_unit_vectors_read_every_code(tiling: Stream | Block) -> None:
+    """Power-of-two scales keep every product exact, so each element of W must come out as it is."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(64).view(16, 64)
+    codes = (codes + torch.arange(16, dtype=torch.uint8)[:, None]) % 16
+    scales = torch.tensor([0.5, 2.0]).expand(16, 2).half()
+    zero_points = torch.tensor([3, 15], dtype=torch.uint8).expand(16, 2).contiguous()
+    weight = (codes.float().unflatten(1, (2, 32)) - zero_points[:, :, None]) * scales[:, :, None]
+    for first in range(0, 64, 16):
+        x = torch.zeros(16, 64, dtype=torch.float16)
+        x[:, first : first + 16] = torch.eye(16)
+        y = launch(Problem(x, int32_words.pack(codes, 4), scales, zero_points, 32, None), tiling)
+        assert torch.equal(y, weight.flatten(1)[:, first : first + 16].T.half())
+
+
+@pytest.mark.parametrize("tiling", [Stream(8, 32, 2, 2, 2, 2), Block(16, 64, 64, 4, 2, 2)], ids=["stream", "block"])
+def test_kernels_read_and_write_only_their_own(tiling: Stream | Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(3, 208, 40, 208)
+    around = torch.full((5, 240), float("nan"), dtype=torch.float16)
+    around[1:4, 16:224] = given.x
+    weight, empty = given.prepared(), torch.empty
+    poisoned = lambda *shape, **options: empty(*shape, **options).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(torch, "empty", poisoned)
+    y = launch(given._replace(x=around[1:4, 16:224]), tiling, weight)
+    monkeypatch.undo()
+    assert_close(y, given.expected(), rounding_steps=2)
+
+
+@pytest.mark.parametrize("tiling", [Stream(8, 32, 2, 2, 2, 3), Block(16, 64, 64, 4, 2, 3)], ids=["stream", "block"])
+def test_a_split_leaves_the_counters_as_they_were(tiling: Stream | Block) -> None:
+    given = problem(3, 256, 72, 128)
+    weight = given.prepared()
+    first = launch(given, tiling, weight)
+    assert not weight.counters.any()
+    assert torch.equal(launch(given, tiling, weight), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("ins", "group_size"), GROUPS)
+def test_a_decoded_weight_is_rounded_once(ins: int, group_size: int, dtype: torch.dtype) -> None:
+    given = problem(1, ins, 72, group_size, dtype=dtype)
+    weight = given.prepared()
+    arguments = (weight.words, weight.scales, weight.offsets, 72, ins, group_size)
+    exact = reference.dequantize(given.packed, given.scales, given.zero_points, 4, group_size).to(dtype)
+    assert torch.equal(tensor_cores._decode(*arguments), exact)
+    # the interpreter has no bfloat16 arithmetic
+    if dtype == torch.float16:
+        assert torch.equal(dense_kernel.decode(*arguments), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_the_op_agrees_with_the_reference_on_a_cpu(asymmetric: bool, dtype: torch.dtype) -> None:
+    given = problem(7, 256, 72, 64, asymmetric=asymmetric, dtype=dtype)
+    assert_close(tensor_cores.matmul(given.x, given.prepared(), given.bias), given.expected())
+
+
+def test_preparing_can_be_undone() -> None:
+    given = problem(1, 208, 72, 208)
+    assert torch.equal(tensor_cores.checkpoint_words(given.prepared()), given.packed)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_the_op_is_a_good_citizen_of_torch(asymmetric: bool) -> None:
+    given = problem(3, 64, 72, 32, asymmetric=asymmetric)
+    w = given.prepared()
+    arguments = (given.x, w.words, w.scales, w.offsets, w.counters, w.outs, w.group_size, given.bias)
+    torch.library.opcheck(torch.ops.halfbyte.w4a16_matmul.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("outs", "ins", "bits", "group_size", "dtype", "why"),
+    [
+        (64, 128, 8, 128, torch.float16, "4 bits, not 8"),
+        (64, 128, 4, 128, torch.float32, "not torch.float32"),
+        (60, 128, 4, 128, torch.float16, "not 60x128"),
+        (64, 120, 4, 120, torch.float16, "not 64x120"),
+        (64, 192, 4, 48, torch.float16, "not 48"),
+        (64, 192, 4, 96, torch.float16, "not 96"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_with_the_reason(
+    outs: int, ins: int, bits: int, group_size: int, dtype: torch.dtype, why: str
+) -> None:
+    packed = torch.zeros(outs, int32_words.words_for(ins, bits), dtype=torch.int32)
+    with pytest.raises(WeightError, match=why):
+        tensor_cores.prepare(packed, torch.ones(outs, ins // group_size), None, bits, group_size, dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"x": torch.zeros(2, 256)}, "x is torch.float32 of 2 axes"),
+        ({"x": torch.zeros(256, dtype=torch.float16)}, "of 1 axes"),
+        ({"x": torch.zeros(2, 192, dtype=torch.float16)}, "192 inputs and the weight 256"),
+        ({"bias": torch.zeros(71, dtype=torch.float16)}, "72 outputs"),
+    ],
+)
+def test_arguments_that_disagree_are_refused(change: dict[str, Any], why: str) -> None:
+    given = problem(2, 256, 72, 128)
+    weight = given.prepared()
+    with pytest.raises(WeightError, match=why):
+        tensor_cores.matmul(**{"x": given.x, "weight": weight, "bias": given.bias} | change)
+
+
+def neighbouring_tiles(w: TensorCoreWeight) -> TensorCoreWeight:
+    return replace(w, words=w.words.roll(1, dims=1))
+
+
+def neighbouring_lanes(w: TensorCoreWeight) -> TensorCoreWeight:
+    return replace(w, words=w.words.roll(4, dims=2))
+
+
+def swapped_halves(w: TensorCoreWeight) -> TensorCoreWeight:
+    return replace(w, words=w.words.view(torch.int16).unflatten(2, (-1, 2)).flip(3).contiguous().view(torch.int32).squeeze(3))
+
+
+def rows_in_their_order(w: TensorCoreWeight) -> TensorCoreWeight:
+    return replace(w, scales=mma_tiles.deinterleave(w.scales, 128).T.contiguous())
+
+
+def neighbouring_groups(w: TensorCoreWeight) -> TensorCoreWeight:
+    return replace(w, scales=w.scales.roll(1, dims=0))
+
+
+def zeros_less_one(w: TensorCoreWeight) -> TensorCoreWeight:
+    assert w.offsets is not None
+    return replace(w, offsets=w.offsets + 1)
+
+
+def forgotten_zeros(w: TensorCoreWeight) -> TensorCoreWeight:
+    return replace(w, offsets=None)
+
+
+@pytest.mark.parametrize("tiling", [Stream(8, 64, 2, 2, 2, 1), Block(16, 64, 64, 4, 2, 1)], ids=["stream", "block"])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        neighbouring_tiles, neighbouring_lanes, swapped_halves, rows_in_their_order, neighbouring_groups, zeros_less_one,
+        forgotten_zeros,
+    ],
+)  # fmt: skip
+def test_the_comparison_notices(bug: Callable[[TensorCoreWeight], TensorCoreWeight], tiling: Stream | Block) -> None:
+    """A gate that no bug can fail is no gate: the loosest bound above is 2 roundings of bfloat16, 0.016."""
+    given = problem(3, 256, 128, 64)
+    assert relative_error(launch(given, tiling, bug(given.prepared())), given.expected()) > 0.1
