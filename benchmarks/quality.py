@@ -32,7 +32,7 @@ def measure(model: Path, recipe: str, options: argparse.Namespace, original: Any
         output = Path(folder) / "out"
         report = quantize(
             model, recipe, output, calibration=options.calibration, samples=128, length=512, device=options.device,
-            dtype="float32",
+            dtype=options.dtype,
         )  # fmt: skip
         quantized = load(output, device=options.evaluate_on, dtype=torch.float32)
         result = evaluate(quantized, against=original, text=options.text, window=1024, limit_windows=16)
@@ -41,6 +41,12 @@ def measure(model: Path, recipe: str, options: argparse.Namespace, original: Any
         "kl_p99": result.kl_p99, "top1_agreement": result.top1_agreement, "bits_per_weight": report.bits_per_weight,
         "seconds": round(report.seconds, 1),
     }  # fmt: skip
+
+
+def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier rows and new ones, model by model; what was measured again is new."""
+    rows = {(row["model"], row["recipe"]): row for row in [*before, *now]}
+    return [rows[key] for model in dict.fromkeys(key[0] for key in rows) for key in rows if key[0] == model]
 
 
 def table(rows: list[dict[str, Any]], models: list[str]) -> str:
@@ -69,13 +75,15 @@ def main() -> None:
         "--evaluate-on", default="cpu", help="the device of the evaluation, apart from the quantization's"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep the rows of --json that are not measured again")
+    parser.add_argument("--dtype", default="float32", help="of calibration passes")
     parser.add_argument("--readme", type=Path, help="replace the table between the markers of this file")
     options = parser.parse_args()
     if options.render:
         rows = json.loads(options.render.read_text())["rows"]
         write_readme(table(rows, list(dict.fromkeys(row["model"] for row in rows))), options.readme)
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in options.models:
         original = load(model, device=options.evaluate_on, dtype=torch.float32)
         own = evaluate(original, text=options.text, window=1024, limit_windows=16)
@@ -86,10 +94,12 @@ def main() -> None:
             rows.append(measure(model, recipe, options, original))
             print(json.dumps(rows[-1]), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    if options.add:
+        rows = merged(json.loads(options.json.read_text())["rows"], [row | {"device": device} for row in rows])
     versions = {"halfbyte": halfbyte.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     if options.json:
         options.json.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
-    rendered = table(rows, [model.name for model in options.models])
+    rendered = table(rows, list(dict.fromkeys(row["model"] for row in rows)))
     write_readme(rendered, options.readme)
 
 

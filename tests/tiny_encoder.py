@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -40,7 +41,7 @@ def _words() -> Tokenizer:
     return tokenizer
 
 
-def save_encoder(folder: Path, **changes: object) -> Path:
+def save_encoder(folder: Path, **changes: Any) -> Path:
     """A tiny BERT, its tokenizer, and text.txt."""
     tiny("bert", **changes).save_pretrained(folder)
     encoder_tokenizer().save_pretrained(folder)

@@ -198,6 +198,14 @@ def test_the_first_launch_lists_the_columns_and_cleans_up(strip: Strip | None) -
     assert not codes[outlier].any()
 
 
+def test_columns_are_listed_though_they_are_too_many_to_be_looked_at_at_once() -> None:
+    p = problem(2, 1100, 1, outliers=30)
+    scratch = llm_int8.outlier_scratch(1100, "cpu")
+    columns = triton_split.split(p.x, THRESHOLD, True, scratch, False, Strip(2, 512, 3, 1, 1))[3]
+    assert columns[: 1 + columns[0]].tolist() == [30, *p.columns.tolist()]
+    assert not scratch.any()
+
+
 def test_every_column_may_be_an_outlier_s() -> None:
     p = problem(2, 70, 5, outliers=70)
     scratch = llm_int8.outlier_scratch(70, "cpu")

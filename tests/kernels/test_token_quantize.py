@@ -128,6 +128,14 @@ def test_triton_breaks_ties_to_even(symmetric: bool) -> None:
     assert_same_tokens(triton_pointwise.pointwise_quantize(x, symmetric), reference.quantize(x, symmetric))
 
 
+def test_the_far_end_of_an_asymmetric_range_stays_in_the_codes() -> None:
+    """Scale 1: 101.5 rounds to 102 and the zero, 25.5, to 26, which is 128 together."""
+    x = torch.tensor([[-153.5, 101.5, 0.0]])
+    for found in (triton_pointwise.pointwise_quantize(x, False), tuple(tq.quantize_tokens(x, False))):
+        assert_same_tokens(found, reference.quantize(x, False))
+        assert found[0].tolist() == [[-128, 127, 26]]
+
+
 def test_tiny_and_huge_tokens_have_finite_scales() -> None:
     x = torch.tensor([[1e-45, 0.0, -1e-45], [1e-38, -3e-38, 0.0], [3e38, -3e38, 1e38], [0.0, -0.0, 0.0]])
     for found in (triton_pointwise.pointwise_quantize(x, True), tq.quantize_tokens(x)):
@@ -211,13 +219,18 @@ def test_a_fused_activation_gives_the_codes_of_its_steps(
     assert_close_tokens(found, exact, symmetric, torch.float16)
 
 
-def test_the_kernel_s_gelu_is_exact_to_a_few_units_of_float32() -> None:
+@pytest.mark.parametrize("function", ["silu_mul", "gelu", "gelu_tanh"])
+def test_a_kernel_s_activation_is_exact_to_a_few_units_of_float32(function: triton_pointwise.Function) -> None:
+    """With one element a token, the scale is its magnitude / 127 to the last bit, and the code ±127."""
     x = torch.linspace(-9, 9, 301)[:, None]
-    found = triton_pointwise.pointwise_quantize(x, True, "gelu", strip=Strip(5, 64, 16, 1, 1, 1))
-    exact = reference.gelu(x, "none")
-    # one element a token: its code is ±127 and its scale is |gelu(x)| / 127, to the last bit
-    values = reference.dequantize(found[0], found[1])
-    assert float((values - exact).abs().max()) < 2e-7 * 9
+    tiling = Strip(5, 64, 16, 1, 1, 1)
+    found = triton_pointwise.pointwise_quantize(x, True, function, torch.ones_like(x), strip=tiling)
+    exact = {
+        "silu_mul": reference.silu_mul(x, torch.ones_like(x)),
+        "gelu": reference.gelu(x, "none"),
+        "gelu_tanh": reference.gelu(x, "tanh"),
+    }[function]
+    assert float((reference.dequantize(found[0], found[1]) - exact).abs().max()) < 2e-7 * 9
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

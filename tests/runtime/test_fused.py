@@ -1,10 +1,12 @@
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from closeness import relative_error
 from halfbyte.errors import ModelError
@@ -179,15 +181,50 @@ def test_a_fused_model_can_be_cast_and_copied(variant):
     assert relative_error(answers(cast), answers(model)) <= 5e-2
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "bert"])
-def test_a_layer_compiles_without_a_graph_break(variant):
-    model, read = fused(quantized(variant)), []
+class Passes(TorchDispatchMode):
+    """Counts what runs of ours, and of torch's norms and activations, within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")
+        if name[0] == "halfbyte" or name[1] in ("native_layer_norm", "rsqrt", "gelu", "silu"):
+            self.count[name[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("variant", "passes"),
+    [
+        ("llama", {"rms_norm_quantize": 2, "quantize_tokens": 1, "silu_mul_quantize": 1}),
+        ("gpt_neox", {"layer_norm_quantize": 2, "quantize_tokens": 1, "gelu_quantize": 1}),
+        ("gpt_neox-tanh", {"layer_norm_quantize": 2, "quantize_tokens": 1, "gelu_quantize": 1}),
+        ("bert", {"native_layer_norm": 2, "quantize_tokens": 3, "gelu_quantize": 1}),
+    ],
+)
+def test_a_layer_is_four_products_and_as_few_passes_between_them(variant, passes):
+    layer, args, kwargs = with_inputs(fused(quantized(variant)))
+    with torch.no_grad(), Passes() as seen:
+        layer(*args, **kwargs)
+    assert seen.count == {"int8_matmul": 4, **passes}
+
+
+def with_inputs(model: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The first fused layer of a model, and what the model calls it with."""
+    read = []
     layer = next(module for module in model.modules() if hasattr(module, "fused"))
     hook = layer.register_forward_pre_hook(lambda _layer, args, kwargs: read.append((args, kwargs)), with_kwargs=True)
     answers(model, use_cache=False)
     hook.remove()
-    args, kwargs = read[0]
+    return layer, *read[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "bert"])
+def test_a_layer_compiles_without_a_graph_break(variant):
+    layer, args, kwargs = with_inputs(fused(quantized(variant)))
     torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(layer, fullgraph=True, backend="eager")(*args, **kwargs)

@@ -28,6 +28,7 @@ from halfbyte.models.load import (
     skeleton,
 )
 from halfbyte.recipe import Recipe
+from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.on_the_fly import quantize_linears
 from halfbyte.runtime.replacement import from_checkpoint
 from halfbyte.scheme import ActivationFormat, WeightFormat
@@ -50,6 +51,7 @@ def load(
     path_or_name: str | Path,
     *,
     recipe: AnyRecipe | None = None,
+    fused: bool = False,
     device: str = "auto",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -57,12 +59,14 @@ def load(
     """A transformers model in evaluation mode and its tokenizer.
 
     `recipe`: quantize an unquantized model while it is read, by a recipe that needs no data (`rtn-w8a16`, ...); nothing
-    is written. `device`: auto is the GPU, or the CPU without one. `dtype`: float32 on the CPU and the checkpoint's own
+    is written. `fused`: join what stands between integer products (runtime/fused.py). `device`: auto is the GPU, or the CPU without one. `dtype`: float32 on the CPU and the checkpoint's own
     on a GPU, unless given. CheckpointError where the folder is damaged, unfinished, or not what its config.json says;
-    RecipeError where the recipe needs data.
+    RecipeError where the recipe needs data; ModelError where layers cannot be fused.
     """
     folder = locate(path_or_name)
     model = load_model(folder, recipe=recipe, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if fused:
+        fuse(model)
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 

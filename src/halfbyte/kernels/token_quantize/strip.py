@@ -43,7 +43,7 @@ def in_turns(tokens: int, ins: int, bytes_of_token: int, device: torch.device) -
     strip = at_once(tokens, ins)
     if ins <= 1024 or not strip.chunks or bytes_of_token > BYTES_AHEAD:
         return strip
-    warps = 8 if ins <= 8192 else 16
+    warps = 2 if ins <= 2048 else 4 if ins <= 8192 else 8 if ins <= 16384 else 16
     block = warps * LANES * ELEMENTS_OF_LOAD
     return Strip(min(tokens, 32 // warps * _processors(device)), 1, block, -(-ins // block), warps, 2)
 

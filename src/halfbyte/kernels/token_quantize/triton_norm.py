@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.token_quantize.strip import Strip, in_turns
+from halfbyte.kernels.token_quantize.strip import Strip, at_once, in_turns
 from halfbyte.kernels.token_quantize.triton_codes import as_float32, encode, grid_of, rounded, widened
 
 
@@ -185,9 +185,13 @@ def norm_quantize(
     if not tokens:
         return codes, scales, zeros, hidden
     x = x if x.stride(1) == 1 else x.contiguous()
-    residual = x if residual is None else residual if residual.stride(1) == 1 else residual.contiguous()
+    if residual is None:
+        strip = strip or at_once(tokens, ins)
+        residual = x
+    else:
+        strip = strip or in_turns(tokens, ins, 2 * x.itemsize * ins, x.device)
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
     weight = weight.contiguous()
-    strip = strip or in_turns(tokens, ins, x.itemsize * ins * (1 if residual is x else 2), x.device)
     _norm_quantize_kernel[(strip.programs,)](
         x, residual, weight, weight if bias is None else bias.contiguous(), hidden, codes, scales, zeros,
         tokens, ins, x.stride(0), residual.stride(0), epsilon,

@@ -9,7 +9,9 @@ Each crew of multipliers has half of the block's outputs, EACH tiles. They do no
 while the tensor cores work for the other. `code + magic` is exact and so is the difference; the product with the scale is
 rounded once, as it is in a decoded weight.
 
-With SHARED, work is dealt out by steps and not by blocks, as `few_tokens` describes.
+With SHARED, work is dealt out by steps and not by blocks (Stream-K, https://arxiv.org/abs/2301.03598): of the steps of
+all blocks in a row, every program has an equal run. A block that several programs share is added up in float32, in
+`partial`, by the last of them to arrive, by `counters`; see `few_tokens`.
 
 This is Gluon, Triton with layouts and crews by hand. Triton makes a similar kernel by itself, but its release 3.6 rewrites
 registers from which `wgmma` is still to read.
@@ -18,7 +20,7 @@ registers from which `wgmma` is still to read.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportAssignmentType=false
 # triton's decorators change signatures in ways that types do not tell
-# ruff: noqa: RUF005 - triton has no stars in tuples
+# ruff: noqa: RET505, RUF005 - triton compiles what follows a return, and has no stars
 
 import torch
 import triton
@@ -36,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from halfbyte.kernels.w4a16.codes import plus_magic
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight, magics
 from halfbyte.kernels.w4a16.tilings import EARLY, Block, processors, run_of
 
@@ -46,15 +49,6 @@ if hasattr(tma, "async_load"):
 else:
     fetch, flush = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 
-WORKERS = tl.constexpr(2)  # crews of multipliers
-
-
-@gluon.jit
-def _neighbours(pairs, dtype: tl.constexpr):
-    """The two 16-bit floats of every word, side by side."""
-    low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
-    return gl.join(low, (pairs >> 16).to(gl.int16).to(dtype, bitcast=True))
-
 
 @gluon.jit
 def _of_rows(pairs, dtype: tl.constexpr):
@@ -62,25 +56,6 @@ def _of_rows(pairs, dtype: tl.constexpr):
     pairs = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(pairs, 3), 4), 5), 6)
     low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
     return low, (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
-
-
-@gluon.jit
-def _centred(words, offset, offset8, magic, magic8, wide: tl.constexpr, dtype: tl.constexpr):
-    """Codes less zeros of rows r and of rows r + 8, from words [EACH, 4, 8, 4, 4]."""
-    if dtype == gl.bfloat16:
-        near = words & 0x000F000F | magic
-        near8 = words >> 4 & 0x000F000F | magic
-        far = words >> 8 & 0x000F000F | magic
-        far8 = words >> 12 & 0x000F000F | magic
-    else:
-        moved = words >> 8
-        near = words & 0x000F000F | magic
-        near8 = words & 0x00F000F0 | magic8
-        far = moved & 0x000F000F | magic
-        far8 = moved & 0x00F000F0 | magic8
-    rows = gl.convert_layout(gl.join(_neighbours(near, dtype), _neighbours(far, dtype)), wide, assert_trivial=True)
-    rows8 = gl.convert_layout(gl.join(_neighbours(near8, dtype), _neighbours(far8, dtype)), wide, assert_trivial=True)
-    return rows - offset, rows8 - offset8
 
 
 @gluon.jit
@@ -93,61 +68,44 @@ def _place(block, blocks_m, blocks_n, BESIDE: tl.constexpr):
 
 
 @gluon.jit
-def _share(blocks, steps, SHARED: tl.constexpr):
-    """Of the steps of all blocks in a row: this program's first, its end, and how many each program has."""
-    each = steps
-    begin = gl.program_id(0) * steps
-    end = blocks * steps
+def _each(blocks, steps, SHARED: tl.constexpr):
+    """How many steps a program has in a row."""
     if SHARED:
-        # the last shares first: a program may wait for earlier ones only
-        each = (end + gl.num_programs(0) - 1) // gl.num_programs(0)
-        begin = (gl.num_programs(0) - 1 - gl.program_id(0)) * each
-        end = gl.minimum(end, begin + each)
-    return begin, end, each
-
-
-@gluon.jit
-def _fetch_words(words_tiles, words_ring, full, slot, block_n, step, SIZE: tl.constexpr, EACH: tl.constexpr,
-                 RUN: tl.constexpr):  # fmt: skip
-    """The words of a step, and word of all SIZE bytes that the slot will get."""
-    mbarrier.expect(full.index(slot), SIZE)
-    for part in gl.static_range(RUN):
-        for worker in gl.static_range(WORKERS):
-            at = [(block_n * WORKERS + worker) * EACH, (step * RUN + part) * 16, 0]
-            fetch(words_tiles, at, full.index(slot), words_ring.index((slot * RUN + part) * WORKERS + worker))
+        return (blocks * steps + gl.num_programs(0) - 1) // gl.num_programs(0)
+    else:
+        return steps
 
 
 @gluon.jit
 def _load(
     x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
-    BLOCK_M: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
-    BESIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    SIZE: tl.constexpr = RUN * (BLOCK_M * 128 + WORKERS * EACH * 2048)
     steps = (in_tiles + RUN - 1) // RUN
     blocks_n = (out_tiles + WORKERS * EACH - 1) // (WORKERS * EACH)
     blocks_m = (tokens + BLOCK_M - 1) // BLOCK_M
-    begin, end, _ = _share(blocks_m * blocks_n, steps, SHARED)
-    # the weight is there for good: only x may have to wait for the kernel before this one
-    block_m, block_n = _place(begin // steps, blocks_m, blocks_n, BESIDE)
-    first = begin % steps
-    early = gl.minimum(gl.minimum(end - begin, steps - first), STAGES)
-    for slot in range(0, early):
-        _fetch_words(words_tiles, words_ring, full, slot, block_n, first + slot, SIZE, EACH, RUN)
-    gdc_wait()
+    each = _each(blocks_m * blocks_n, steps, SHARED)
+    begin = gl.program_id(0) * each
+    end = blocks_m * blocks_n * steps
+    if SHARED:
+        end = gl.minimum(end, begin + each)
     turn = 0
+    gdc_wait()
     while begin < end:
         block_m, block_n = _place(begin // steps, blocks_m, blocks_n, BESIDE)
         first = begin % steps
         last = gl.minimum(first + end - begin, steps)
         for step in range(first, last):
             slot = turn % STAGES
-            if turn >= early:
-                mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
-                _fetch_words(words_tiles, words_ring, full, slot, block_n, step, SIZE, EACH, RUN)
+            mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(slot), RUN * (BLOCK_M * 128 + WORKERS * EACH * 2048))
             for part in gl.static_range(RUN):
-                at = [block_m * BLOCK_M, (step * RUN + part) * 64]
-                fetch(x_tiles, at, full.index(slot), x_ring.index(slot * RUN + part))
+                tile = step * RUN + part
+                fetch(x_tiles, [block_m * BLOCK_M, tile * 64], full.index(slot), x_ring.index(slot * RUN + part))
+                for worker in gl.static_range(WORKERS):
+                    at = [(block_n * WORKERS + worker) * EACH, tile * 16, 0]
+                    fetch(words_tiles, at, full.index(slot), words_ring.index((slot * RUN + part) * WORKERS + worker))
             turn += 1
         if SHARED:
             begin += last - first
@@ -171,11 +129,12 @@ def _multiply(
     worker: tl.constexpr, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr,
     partial_ptr, counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
     GROUP_SIZE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
-    EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
+    WORKERS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ring.dtype
     PARTS: tl.constexpr = 2 if GROUP_SIZE == 32 else 1  # groups of a tile
-    GROUPS: tl.constexpr = RUN * 64 // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < RUN * 64 else 1  # of a step
+    GROUPS: tl.constexpr = RUN * PARTS if (GROUP_SIZE == 32 or GROUP_SIZE == 64) else 1  # of a step
     sums: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     left: tl.constexpr = gl.DotOperandLayout(0, sums, 2)
     of_words: tl.constexpr = gl.BlockedLayout([EACH, 1, 4], [1, 4, 8], [1, 4, 1], [2, 1, 0])
@@ -199,7 +158,12 @@ def _multiply(
     steps = (in_tiles + RUN - 1) // RUN
     blocks_n = (out_tiles + WORKERS * EACH - 1) // (WORKERS * EACH)
     blocks_m = (tokens + BLOCK_M - 1) // BLOCK_M
-    begin, end, each = _share(blocks_m * blocks_n, steps, SHARED)
+    each = _each(blocks_m * blocks_n, steps, SHARED)
+    start = gl.program_id(0) * each
+    begin = start
+    end = blocks_m * blocks_n * steps
+    if SHARED:
+        end = gl.minimum(end, begin + each)
     turn = 0
     while begin < end:
         block = begin // steps
@@ -226,20 +190,22 @@ def _multiply(
                 words = words_ring.index((slot * RUN + part) * WORKERS + worker).load(of_words)
                 words = gl.convert_layout(gl.reshape(words, (EACH, 4, 8, 4, 4)), narrow, assert_trivial=True)
                 if HAS_ZEROS:
-                    offset, offset8 = _of_rows(offsets[part * GROUPS // RUN], dtype)
+                    offset, offset8 = _of_rows(offsets[part * PARTS if GROUPS > 1 else 0], dtype)
                 else:
                     offset = gl.full((1, 1, 1, 1, 1, 1, 1), 136.0 if dtype == gl.bfloat16 else 1032.0, dtype, wide)
                     offset8 = gl.full((1, 1, 1, 1, 1, 1, 1), 136.0 if dtype == gl.bfloat16 else 72.0, dtype, wide)
-                scale, scale8 = _of_rows(scales[part * GROUPS // RUN], dtype)
+                scale, scale8 = _of_rows(scales[part * PARTS if GROUPS > 1 else 0], dtype)
                 if PARTS == 2:
-                    second, second8 = _of_rows(scales[part * GROUPS // RUN + 1], dtype)
+                    second, second8 = _of_rows(scales[part * PARTS + 1], dtype)
                     scale = gl.where(in_step < 2, scale, second)
                     scale8 = gl.where(in_step < 2, scale8, second8)
                     if HAS_ZEROS:
-                        second, second8 = _of_rows(offsets[part * GROUPS // RUN + 1], dtype)
+                        second, second8 = _of_rows(offsets[part * PARTS + 1], dtype)
                         offset = gl.where(in_step < 2, offset, second)
                         offset8 = gl.where(in_step < 2, offset8, second8)
-                rows, rows8 = _centred(words, offset, offset8, magic, magic8, wide, dtype)
+                rows, rows8 = plus_magic(words, magic, magic8, dtype)
+                rows = gl.convert_layout(rows, wide, assert_trivial=True) - offset
+                rows8 = gl.convert_layout(rows8, wide, assert_trivial=True) - offset8
                 #                                             tile strip half row step far pair next
                 a = gl.permute(gl.join(rows * scale, rows8 * scale8), (0, 1, 7, 2, 4, 6, 3, 5))
                 a = gl.convert_layout(gl.reshape(a, (EACH * 64, 64)), left, assert_trivial=True)
@@ -254,24 +220,25 @@ def _multiply(
                 offsets1 = offsets2
             turn += 1
 
+        whole = True
         if SHARED:
+            # who else has steps of this block, and where their sums lie: a program has at most two blocks in part
+            head = block * steps // each
+            tail = ((block + 1) * steps - 1) // each
             size: tl.constexpr = WORKERS * EACH * 64 * BLOCK_M
             inside = worker * (EACH * 64 * BLOCK_M) + n * BLOCK_M + m
-            share = begin // each
-            last_share = ((block + 1) * steps - 1) // each
-            mask = (block_m * BLOCK_M + m < tokens) & (n >= 0)
-            if first > 0:
-                gl.store(partial_ptr + share * size + inside, total, mask=mask)
+            if tail > head:
+                mine = gl.program_id(0) * 2 + (1 if begin > start else 0)
+                gl.store(partial_ptr + mine.to(gl.int64) * size + inside, total)
                 barrier()
-                gl.atomic_add(counters_ptr + block * WORKERS + worker, 1)
-            elif last_share > share:
-                while gl.atomic_add(counters_ptr + block * WORKERS + worker, 0) < last_share - share:
-                    pass
-                for other in range(share + 1, last_share + 1):
-                    theirs = partial_ptr + other * size + inside
-                    total += gl.load(theirs, mask=mask, other=0.0, cache_modifier=".cg")
-                gl.atomic_xchg(counters_ptr + block * WORKERS + worker, 0)
-        if not SHARED or first == 0:
+                whole = gl.atomic_add(counters_ptr + block * WORKERS + worker, 1) == tail - head
+                if whole:
+                    total = gl.full((EACH * 64, BLOCK_M), 0.0, gl.float32, sums)
+                    for other in range(head, tail + 1):
+                        theirs = other * 2 + (1 if other * each < block * steps else 0)
+                        total += gl.load(partial_ptr + theirs.to(gl.int64) * size + inside, cache_modifier=".cg")
+                    gl.atomic_xchg(counters_ptr + block * WORKERS + worker, 0)
+        if whole:
             if HAS_BIAS:
                 total += gl.load(bias_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0).to(gl.float32)
             tma.store_wait(0)
@@ -291,10 +258,10 @@ def _many_tokens_kernel(
     x_tiles, words_tiles, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr, counters_ptr,
     tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
     GROUP_SIZE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
-    BESIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """GROUP_SIZE is 0 for a single group, or divides RUN · 64, or is a multiple of it."""
+    """GROUP_SIZE is 0 for a single group, or 32, 64 or a multiple of a step."""
     gdc_launch_dependents()
     of_floats: tl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x_ring = gl.allocate_shared_memory(x_tiles.dtype, [STAGES * RUN, BLOCK_M, 64], of_floats)
@@ -308,29 +275,49 @@ def _many_tokens_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=WORKERS)
     fence_async_shared()
-    first: tl.constexpr = 0
-    second: tl.constexpr = 1
+    W0: tl.constexpr = 0
+    W1: tl.constexpr = 1
+    W2: tl.constexpr = 2
+    W3: tl.constexpr = 3
     # tuples are written out: in a variable, what is constant in them would be no longer
-    gl.warp_specialize(
-        [
-            (_multiply, (
-                first, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-                counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-                GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, EACH, RUN, STAGES, SHARED, BESIDE,
-            )),
-            (_multiply, (
-                second, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-                counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-                GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, EACH, RUN, STAGES, SHARED, BESIDE,
-            )),
-            (_load, (
-                x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
-                BLOCK_M, EACH, RUN, STAGES, SHARED, BESIDE,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if WORKERS == 2:
+        gl.warp_specialize([
+        (_multiply, (
+            W0, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )), (_multiply, (
+            W1, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )), (_load, (
+            x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
+            BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+        (_multiply, (
+            W0, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )), (_multiply, (
+            W1, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )), (_multiply, (
+            W2, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )), (_multiply, (
+            W3, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )), (_load, (
+            x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
+            BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
+        )),
+        ], [4, 4, 4, 1], [120, 120, 120, 24])  # fmt: skip
 
 
 def matmul(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, block: Block) -> Tensor:
@@ -338,14 +325,14 @@ def matmul(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, block: Bloc
     (tokens, ins), (out_tiles, in_tiles, _) = x.shape, weight.words.shape
     y = torch.empty(tokens, weight.outs, dtype=x.dtype, device=x.device)
     run = run_of(block.run, weight.group_size, ins)
-    blocks = triton.cdiv(tokens, block.block_m) * triton.cdiv(out_tiles, WORKERS.value * block.each)
+    blocks = triton.cdiv(tokens, block.block_m) * triton.cdiv(out_tiles, block.workers * block.each)
     # what is shared has a counter for each crew
-    shared = block.shared and blocks * WORKERS.value <= weight.counters.shape[0]
+    shared = block.shared and blocks * block.workers <= weight.counters.shape[0]
     programs = min(processors(x.device), blocks * triton.cdiv(in_tiles, run) if shared else blocks)
     partial = y
     if shared:
-        size = WORKERS.value * block.each * 64 * block.block_m
-        partial = torch.empty(programs * size, dtype=torch.float32, device=x.device)
+        size = block.workers * block.each * 64 * block.block_m
+        partial = torch.empty(programs * 2 * size, dtype=torch.float32, device=x.device)
     pairs = weight.scales.view(torch.int32)
     of_floats, of_words = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(128, 32, 3)
     _many_tokens_kernel[(programs,)](
@@ -358,7 +345,7 @@ def matmul(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, block: Bloc
         y if bias is None else bias, partial, weight.counters,
         tokens, weight.outs, ins, out_tiles, in_tiles, *magics(x.dtype),
         0 if weight.group_size == ins else weight.group_size, weight.offsets is not None, bias is not None,
-        block.block_m, block.each, run, block.stages, shared, block.beside,
+        block.block_m, block.workers, block.each, run, block.stages, shared, block.beside,
         num_warps=4, launch_pdl=EARLY,
     )  # fmt: skip
     return y

@@ -1,4 +1,4 @@
-"""How the launches of the prepared kernels are cut up: a table measured once, by `benchmarks/w4a16.py --search`."""
+"""How the launches of the prepared kernels are cut up: tables measured once, by `benchmarks/w4a16.py --search`."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -6,29 +6,32 @@ from functools import cache
 import torch
 
 EARLY = True  # a launch may start to fetch its weight while the kernel before it ends ("programmatic dependent launch")
-WIDE = 16384  # outputs from which every multiprocessor has blocks of its own
-# the rows of the table: at most so many tokens; the last row is for more, too
-TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """`few_tokens`: a step is `block_n` outputs and `warps_k` · `run` · 64 inputs."""
+    """`few_tokens`: a program has `block_n` outputs, its warps share out the inputs, `run` · 64 of them a step.
+
+    `split` programs share the inputs of the same outputs.
+    """
 
     block_m: int
     block_n: int
-    warps_k: int
-    warps_n: int
+    warps: int
     run: int
     stages: int
-    programs: int  # of a multiprocessor
+    split: int
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`many_tokens`: a block is [2 · `each` · 64 outputs, `block_m` tokens], a step `run` · 64 inputs."""
+    """`many_tokens`: a block is [`workers` · `each` · 64 outputs, `block_m` tokens], a step `run` · 64 inputs.
+
+    `shared` deals out steps instead of blocks; `beside` blocks of tokens follow each other over the same outputs.
+    """
 
     block_m: int
+    workers: int
     each: int
     run: int
     stages: int
@@ -38,44 +41,36 @@ class Block:
 
 Tiling = Stream | Block
 
-NARROW_TABLE: tuple[Tiling, ...] = (
-    Stream(8, 64, 4, 1, 2, 3, 3),
-    Stream(16, 64, 4, 1, 2, 2, 3),
-    Block(32, 1, 2, 9, True),
-    Block(64, 1, 2, 6, True),
-    Block(128, 1, 2, 3, True),
-    Block(128, 1, 2, 3, True),
-    Block(128, 1, 2, 3, False),
-    Block(256, 1, 2, 2, False),
-    Block(256, 1, 2, 2, False),
-)
-WIDE_TABLE: tuple[Tiling, ...] = (
-    Stream(8, 64, 4, 1, 2, 3, 3),
-    Stream(16, 64, 4, 1, 2, 2, 3),
-    Block(32, 2, 4, 3, False),
-    Block(64, 2, 2, 4, False),
-    Block(128, 2, 2, 3, False),
-    Block(128, 1, 2, 3, False),
-    Block(256, 1, 1, 4, False),
-    Block(256, 1, 1, 4, False, 4),
-    Block(256, 1, 1, 4, False, 4),
+# rows: at most so many tokens; the last row is for more, too
+TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+# columns: at least so many outputs. Of an H200's 132 multiprocessors, the second column gives every one a block of 64
+# outputs or two, the third three or more
+OUTS = (0, 16384, 25344)
+TABLE: tuple[tuple[Tiling, ...], ...] = (
+    (Stream(8, 32, 4, 2, 3, 4), Stream(8, 64, 4, 2, 3, 1), Stream(8, 64, 2, 2, 4, 1)),
+    (Block(16, 4, 1, 2, 7, True), Stream(16, 64, 2, 2, 3, 1), Stream(16, 64, 2, 2, 3, 1)),
+    (Block(32, 2, 1, 2, 9, True), Block(32, 4, 1, 2, 6, False), Block(32, 4, 1, 2, 6, False)),
+    (Block(64, 2, 1, 2, 3, True), Block(64, 4, 1, 2, 4, False), Block(64, 4, 1, 2, 4, False)),
+    (Block(128, 2, 1, 2, 3, True), Block(128, 2, 2, 2, 3, False), Block(128, 2, 2, 2, 3, False)),
+    (Block(128, 2, 1, 2, 3, True), Block(128, 2, 1, 2, 3, False), Block(256, 2, 1, 1, 3, False)),
+    (Block(128, 2, 1, 2, 3, False), Block(256, 2, 1, 1, 4, False), Block(256, 2, 1, 1, 4, False)),
+    (Block(128, 2, 2, 2, 3, False), Block(256, 2, 1, 1, 4, True), Block(256, 2, 1, 1, 4, False, 16)),
+    (Block(256, 2, 1, 2, 2, False), Block(256, 2, 1, 2, 2, False), Block(256, 2, 1, 2, 2, False)),
 )
 
 
 def choose(tokens: int, outs: int) -> Tiling:
     """What to launch for so many tokens and outputs."""
-    row = next((row for row, limit in enumerate(TOKENS) if tokens <= limit), len(TOKENS) - 1)
-    return (WIDE_TABLE if outs >= WIDE else NARROW_TABLE)[row]
+    row = next((row for row, most in enumerate(TOKENS) if tokens <= most), len(TOKENS) - 1)
+    return TABLE[row][max(column for column, least in enumerate(OUTS) if outs >= least)]
+
+
+def run_of(run: int, group_size: int, ins: int) -> int:
+    """How many tiles of 64 inputs a step has, at most `run`, for groups to end with steps. A single group ends nowhere."""
+    return run if group_size == ins or group_size % (run * 64) == 0 else 1
 
 
 @cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors a device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def run_of(run: int, group_size: int, ins: int) -> int:
-    """At most `run` tiles of 64 inputs in a row, so that groups and steps end together. A single group ends nowhere."""
-    while run > 1 and group_size != ins and group_size % (run * 64) and run * 64 % group_size:
-        run //= 2
-    return run
