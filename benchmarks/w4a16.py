@@ -18,6 +18,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from halfbyte.kernels.w4a16 import few_tokens, many_tokens, tensor_cores, tilings
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
-from halfbyte.kernels.w4a16.tilings import TOKENS, WIDE, Block, Stream, Tiling
+from halfbyte.kernels.w4a16.tilings import TOKENS, Block, Stream, Tiling
 from halfbyte.packing import int32_words
 
 DEVICE = "cuda"
@@ -40,11 +41,11 @@ FEW = 16  # tokens up to which times alone are taken as well
 # what an H200 has been seen to sustain: the bound that times are compared with
 BYTES_PER_SECOND = 4.4e12
 OPERATIONS_PER_SECOND = 790e12
-SHARED_MEMORY, REGISTERS = 227 * 1024, 65536  # of a multiprocessor
+SHARED_MEMORY = 227 * 1024  # of a multiprocessor
 COMPILERS = 15
 
 Call = Callable[[], Any]
-Times = dict[tuple[bool, int], dict[Tiling, list[float]]]
+Times = dict[tuple[int, int], dict[Tiling, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -145,51 +146,38 @@ def microseconds(contenders: list[list[Call]], replays: int = REPLAYS) -> list[f
 
 
 def candidates(tokens: int) -> Iterator[Tiling]:
-    """What may be fast for so many tokens and fits a multiprocessor."""
-    if tokens <= 32:
-        yield from candidate_streams(max(8, tokens))
-    if tokens > 16:
+    """What is used so far for so many tokens, and what else may be fast and fits a multiprocessor."""
+    yield from tilings.TABLE[TOKENS.index(tokens)]
+    if tokens <= 16:
+        yield from candidate_streams(tokens)
+    if tokens >= 16:
         yield from candidate_blocks(tokens)
 
 
 def candidate_streams(block_m: int) -> Iterator[Stream]:
-    # registers of a thread for so many strips of a warp, as compiled; 128 threads for each scheduler leave 128
-    registers = {8: {1: 80, 2: 104, 4: 184}, 16: {1: 100, 2: 136, 4: 216}, 32: {1: 136, 2: 216}}[block_m]
-    for warps, programs in ((16, 1), (8, 1), (8, 2), (4, 3), (4, 4)):
-        for warps_k in (k for k in (1, 2, 4, 8) if k <= warps):
-            warps_n = warps // warps_k
-            for block_n, run in ((n, run) for n in (64, 128, 256) for run in (1, 2)):
-                used = registers.get(block_n // 16 // warps_n, REGISTERS)
-                used = 128 if warps == 16 and used < 200 else used
-                step = run * warps_k * (block_n * 32 + block_m * 128)
-                room = SHARED_MEMORY // programs - 1024 - 4 * warps_k * block_n * block_m
-                stages = min(room // step, 8)
-                if warps_n > 8 or programs * warps * 32 * used > REGISTERS or stages < 2:
-                    continue
-                in_flight = programs * (stages - 1) * run * warps_k * block_n * 32
-                if in_flight < 40_000:
-                    continue
-                for fewer in {stages, (stages + 1) // 2} if programs > 1 and stages > 3 else {stages}:
-                    yield Stream(block_m, block_n, warps_k, warps_n, run, fewer, programs)
-                    yield Stream(block_m, block_n, warps_k, warps_n, run, fewer, 0)
+    for block_n, warps, run, stages in product((16, 32, 64, 128), (2, 4, 8), (1, 2), (2, 3, 4, 5, 6, 8)):
+        step = warps * run * (block_n * 32 + block_m * 128)
+        programs = min(SHARED_MEMORY // (stages * step + 1500), 64 // warps)
+        in_flight = programs * (stages - 1) * warps * run * block_n * 32
+        if block_n * warps > 512 or programs * warps < 8 or not 40_000 < in_flight < 190_000:
+            continue
+        for split in (1, 2, 4, 8) if run == 2 and stages <= 4 else (1,):
+            yield Stream(block_m, block_n, warps, run, stages, split)
 
 
 def candidate_blocks(tokens: int) -> Iterator[Block]:
-    for block_m in {min(tokens, 128), min(tokens, 256)}:
-        for each, run in ((each, run) for each in (1, 2) for run in (1, 2, 4)):
-            if block_m * each > 256 or run * block_m > 512 or run * each * block_m < 64:
-                continue
-            step = run * (block_m * 128 + each * 4096)
-            stages = min((SHARED_MEMORY - 2048 - block_m * each * 256) // step, 160 * 1024 // step, 12)
-            if block_m == 256:
-                stages = (SHARED_MEMORY - 2048 - block_m * each * 256) // step
-            if stages < 2:
-                continue
-            yield Block(block_m, each, run, stages, False)
+    crews = ((2, 1), (2, 2), (4, 1))
+    for block_m, (workers, each), run in product({min(tokens, 128), min(tokens, 256)}, crews, (1, 2)):
+        if block_m * each * workers > 512 or block_m * run > 512:
+            continue
+        step, staged = run * (block_m * 128 + workers * each * 2048), block_m * workers * each * 128
+        fit = (SHARED_MEMORY - 2048 - staged) // step
+        for stages in {min(fit, 12), max(min(fit, 80 * 1024 // step), 2)} if fit > 1 else ():
+            yield Block(block_m, workers, each, run, stages, False)
             if tokens <= 1024:
-                yield Block(block_m, each, run, stages, True)
-            if tokens >= 1024 and run * block_m >= 256:
-                yield from (Block(block_m, each, run, stages, False, beside) for beside in (4, 16))
+                yield Block(block_m, workers, each, run, stages, True)
+            if tokens >= 1024:
+                yield from (Block(block_m, workers, each, run, stages, False, beside) for beside in (4, 16))
 
 
 def compile_one(job: tuple[Tiling, int, bool, bool]) -> str | None:
@@ -205,14 +193,8 @@ def compile_one(job: tuple[Tiling, int, bool, bool]) -> str | None:
         return f"{tiling}: {cause}"
 
 
-def kernel_of(tiling: Tiling) -> Tiling:
-    """One tiling for all that run the same code."""
-    return replace(tiling, programs=1) if isinstance(tiling, Stream) else tiling
-
-
 def compile_all(jobs: list[tuple[Tiling, int, bool, bool]]) -> set[Tiling]:
-    """The kernels that work, all compiled at once."""
-    jobs = list(dict.fromkeys((kernel_of(tiling), *kind) for tiling, *kind in jobs))
+    """The tilings that work, all compiled at once."""
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         failures = list(pool.map(compile_one, jobs, chunksize=1))
     for failure in filter(None, failures):
@@ -227,30 +209,32 @@ def search(case: Case, works: set[Tiling], times: Times) -> None:
         x = activations(1 if tokens == 8 else tokens, ins)
         expected = x.double() @ case.exact.T
         for tiling in dict.fromkeys(candidates(tokens)):
-            if kernel_of(tiling) not in works:
+            if tiling not in works:
                 continue
             ours = calls(x, case.weights, tiling)
             found = ours[0]()
             if not is_right(found, expected) or not all(torch.equal(call(), found) for call in ours):
-                works.discard(kernel_of(tiling))
+                works.discard(tiling)
                 print(f"WRONG: {tiling} at {outs}x{ins}, {len(x)} tokens")
                 continue
-            times.setdefault((outs >= WIDE, tokens), {}).setdefault(tiling, []).append(microseconds([ours], 6)[0])
+            of_cell = times.setdefault((tokens, tilings.column(outs)), {})
+            of_cell.setdefault(tiling, []).append(microseconds([ours], 6)[0])
 
 
-def chosen(times: Times, wide: bool) -> tuple[Tiling, ...]:
-    """The table: of every row the tiling whose times are least over all weights of this width."""
-    rows = []
-    for tokens in TOKENS:
-        of_tiling = times[wide, tokens]
+def chosen(times: Times) -> tuple[tuple[Tiling, ...], ...]:
+    """The table: in every cell the tiling whose times are least over all weights of so many outputs, and what is near."""
+    table = [list(row) for row in tilings.TABLE]
+    for (tokens, column), of_tiling in sorted(times.items()):
         most = max(map(len, of_tiling.values()))
         means = {tiling: geometric_mean(list_) for tiling, list_ in of_tiling.items() if len(list_) == most}
         best = sorted(means, key=lambda tiling: means[tiling])
-        print(f"  {best[0]},  # {tokens}: {', '.join(f'{time:.1f}' for time in of_tiling[best[0]])}")
+        print(
+            f"{tokens} tokens, column {column}: {best[0]}, {', '.join(f'{time:.1f}' for time in of_tiling[best[0]])} µs"
+        )
         for other in best[1:3]:
-            print(f"      {means[other] / means[best[0]]:.3f} {other}")
-        rows.append(best[0])
-    return tuple(rows)
+            print(f"    {means[other] / means[best[0]]:.3f} {other}")
+        table[TOKENS.index(tokens)][column] = best[0]
+    return tuple(map(tuple, table))
 
 
 def measure(tokens: int, case: Case) -> Row:
@@ -319,10 +303,8 @@ def main() -> None:
         times: Times = {}
         for outs, ins in shapes:
             search(Case.of(outs, ins, options.group_size or ins, options.asymmetric), works, times)
-        for wide in {outs >= WIDE for outs, _ in shapes}:
-            print("WIDE_TABLE" if wide else "NARROW_TABLE")
-            setattr(tilings, "WIDE_TABLE" if wide else "NARROW_TABLE", chosen(times, wide))
-    used = dict.fromkeys((*tilings.NARROW_TABLE, *tilings.WIDE_TABLE))
+        tilings.TABLE = chosen(times)
+    used = dict.fromkeys(tiling for row in tilings.TABLE for tiling in row)
     jobs = [(tiling, *kind, early) for tiling in used for early in (True, False) if early or tiling.block_m <= FEW]
     compile_all(jobs)
     print(HEADER)

@@ -188,15 +188,15 @@ def stand_ins() -> dict[str, ModuleType]:
     }
 
 
-def interpreted(module: ModuleType) -> ModuleType:
-    """A copy of the module whose kernels the interpreter runs."""
+def interpreted(module: ModuleType, *needed: ModuleType) -> ModuleType:
+    """A copy of the module whose kernels the interpreter runs, and those of the modules that it needs."""
     assert module.__spec__ is not None
     assert module.__spec__.origin is not None
     spec = importlib.util.spec_from_file_location(f"{module.__name__}_interpreted", module.__spec__.origin)
     assert spec is not None
     assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
-    modules = stand_ins()
+    modules = stand_ins() | {need.__name__: interpreted(need) for need in needed}
     with patch.dict(sys.modules, modules), patch.object(triton.experimental, "gluon", modules[GLUON]):
         spec.loader.exec_module(copy)
     return copy

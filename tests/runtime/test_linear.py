@@ -183,3 +183,27 @@ def test_the_comparison_notices(bug):
     right = expected(weight, bias, x)
     linear = QuantizedLinear.from_weight(weight, bias).prepare(torch.float32)
     assert relative_error(bug(linear, x), right) > 1e-2
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_tensor_cores_run_another_order_of_the_words(asymmetric: bool, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU of theirs: the op decodes on a CPU."""
+    monkeypatch.setattr(linear_room.tensor_cores, "runs_on", lambda _device: True)
+    monkeypatch.setattr(QuantizedLinear, "_torch_pays", lambda _linear: False)
+    format = format_of(4, convention=Convention.ASYMMETRIC if asymmetric else Convention.AWQ)
+    weight, bias = problem(format)
+    linear = QuantizedLinear.from_weight(weight, bias).prepare(torch.bfloat16)
+    assert linear.kernel == "stream up to 8 tokens, blocks for more"
+    assert linear.weight_packed.numel() == 0
+    for shape in ((3,), (2, 5), (0,)):
+        x = activations(*shape, 64, dtype=torch.bfloat16)
+        assert_close(linear(x), expected(weight, bias, x), rounding_steps=8) if x.numel() else None
+        assert linear(x).shape == (*shape, 48)
+    packed = LAYOUTS["compressed-tensors"].write(weight)["weight_packed"]
+    assert torch.equal(linear.state_dict()["weight_packed"], packed)
+    # float32 has no tensor cores, and is prepared from the checkpoint's words again
+    linear.to(torch.float32)
+    assert linear.kernel == "decode"
+    assert torch.equal(linear.weight_packed, packed)
+    x, cast = activations(3, 64), bias.to(torch.bfloat16).float()
+    assert_close(linear(x), expected(weight, cast, x), rounding_steps=32)

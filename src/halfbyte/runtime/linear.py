@@ -6,6 +6,8 @@ activations, and `kernel` says it:
 
     CPU, bfloat16             torch int4pack / int8pack for a few tokens, where the format suits them; decode for more
     CPU, float32 and float16  decode: torch's kernels gain next to nothing there and need a second copy of the weight
+    Hopper, 4 bits, 16-bit    the words in another order (kernels/w4a16/tensor_cores.py): stream for a few tokens, blocks
+                              for more; `weight_packed` is empty meanwhile
     CUDA, 4 and 8 bits        triton gemv for a few tokens, triton tiles for more
     anything else             decode: the weight in the activations' dtype, then torch's matmul
 """
@@ -17,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, WeightError
-from halfbyte.kernels.w4a16 import GEMV_TOKENS, cpu, route, wna16_matmul
+from halfbyte.kernels.w4a16 import GEMV_TOKENS, cpu, route, tensor_cores, wna16_matmul
+from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
+from halfbyte.kernels.w4a16.tilings import stream_tokens
 from halfbyte.layouts.compressed_tensors import CompressedTensors
 from halfbyte.layouts.layout import resolved
 from halfbyte.numerics.quantized import QuantizedWeight
@@ -51,6 +55,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, room.get(name))
         self.register_buffer("bias", torch.empty(out_features, device=device) if bias else None)
         self._activations = torch.empty(0, device=device)  # of the dtype to expect; what casts the module casts it too
+        self._prepared: cpu.PreparedWeight | TensorCoreWeight | None = None
         self.kernel = UNPREPARED
 
     @classmethod
@@ -70,6 +75,7 @@ class QuantizedLinear(nn.Module):
             )
         for name in TENSORS:
             setattr(self, name, tensors[name] if getattr(self, name) is not None else None)
+        self._prepared = None
         self.bias = bias
         self.format = resolved(self.format, self.weight_scale.dtype)
         self._activations = torch.empty(0, device=self.weight_packed.device)
@@ -81,6 +87,7 @@ class QuantizedLinear(nn.Module):
 
         Moving or casting the module afterwards (`to`, `half`, `cuda`) prepares it again.
         """
+        self._unprepare()
         self._activations = torch.empty(0, device=self.weight_packed.device, dtype=dtype)
         if self.bias is not None:
             self.bias = self.bias.to(dtype)
@@ -91,9 +98,11 @@ class QuantizedLinear(nn.Module):
         self._scales = self.weight_scale.view(-1, groups).expand(self.out_features, groups)
         points = self.weight_zero_point
         self._points = None if points is None else int32_words.unpack_zero_points(points, bits, self.out_features)
-        self._prepared = None
         if self._torch_pays():
             self._prepared = cpu.prepare(*self._weight, bits, self.group_size, dtype)
+        elif self._tensor_cores_fit():
+            self._prepared = tensor_cores.prepare(*self._weight, bits, self.group_size, dtype)
+            self.weight_packed = self.weight_packed.new_empty(0)  # one copy of the weight is enough
         few, many, limit = self._runs(1), self._runs(MANY_TOKENS), self._few_tokens()
         self.kernel = few if few == many else f"{few} up to {limit} tokens, {many} for more"
         return self
@@ -110,13 +119,29 @@ class QuantizedLinear(nn.Module):
         sizes = self.out_features, self.in_features, self.format.bits, self.group_size, self._points is None
         return cpu.PAYS_UP_TO[kind, self._activations.dtype] > 1 and cpu.obstacle(*sizes) is None
 
+    def _tensor_cores_fit(self) -> bool:
+        """Whether the GPU is one that the tensor-core kernels are made for, and the weight too."""
+        sizes = self.out_features, self.in_features, self.format.bits, self.group_size
+        fits = tensor_cores.obstacle(*sizes, self._activations.dtype) is None
+        return fits and tensor_cores.runs_on(self.weight_packed.device)
+
+    def _unprepare(self) -> None:
+        """Back to the words of the checkpoint. Edits in place."""
+        if isinstance(self._prepared, TensorCoreWeight):
+            self.weight_packed = tensor_cores.checkpoint_words(self._prepared)
+        self._prepared = None
+
     def _few_tokens(self) -> int:
         if self._prepared is None:
             return GEMV_TOKENS
+        if isinstance(self._prepared, TensorCoreWeight):
+            return stream_tokens(self.out_features)
         return cpu.PAYS_UP_TO[type(self._prepared), self._activations.dtype]
 
     def _runs(self, tokens: int) -> str:
         """The kernel for so many tokens."""
+        if isinstance(self._prepared, TensorCoreWeight):
+            return "stream" if tokens <= self._few_tokens() else "blocks"
         if self._prepared is not None and cpu.pays(self._prepared, self._activations.dtype, tokens):
             return f"torch int{self.format.bits}pack"
         groups, device = self._scales.shape[1], self.weight_packed.device.type
@@ -132,7 +157,9 @@ class QuantizedLinear(nn.Module):
                 "dtype, or call prepare"
             )
         rows = x.reshape(-1, self.in_features)
-        if self._prepared is not None and len(rows) > 0 and cpu.pays(self._prepared, x.dtype, len(rows)):
+        if isinstance(self._prepared, TensorCoreWeight):
+            y = tensor_cores.matmul(rows, self._prepared, self.bias)
+        elif self._prepared is not None and len(rows) > 0 and cpu.pays(self._prepared, x.dtype, len(rows)):
             y = cpu.matmul(rows, self._prepared, self.bias)
         else:
             y = wna16_matmul(rows, *self._weight, self.format.bits, self.group_size, self.bias)
@@ -141,8 +168,14 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}, kernel={self.kernel}"
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self._prepared, TensorCoreWeight):
+            destination[prefix + "weight_packed"] = tensor_cores.checkpoint_words(self._prepared)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """What `to` and its like call. Scales keep their stored type, as a cast would round them."""
+        self._unprepare()
         scales, ready = self.weight_scale, self.kernel != UNPREPARED
         super()._apply(fn, recurse)
         self._activations = fn(self._activations)

@@ -62,7 +62,17 @@ TABLE: tuple[tuple[Tiling, ...], ...] = (
 def choose(tokens: int, outs: int) -> Tiling:
     """What to launch for so many tokens and outputs."""
     row = next((row for row, most in enumerate(TOKENS) if tokens <= most), len(TOKENS) - 1)
-    return TABLE[row][max(column for column, least in enumerate(OUTS) if outs >= least)]
+    return TABLE[row][column(outs)]
+
+
+def column(outs: int) -> int:
+    """The column of the table for so many outputs."""
+    return max(column for column, least in enumerate(OUTS) if outs >= least)
+
+
+def stream_tokens(outs: int) -> int:
+    """Up to how many tokens `few_tokens` runs."""
+    return max(most for most in TOKENS if isinstance(choose(most, outs), Stream))
 
 
 def run_of(run: int, group_size: int, ins: int) -> int:
