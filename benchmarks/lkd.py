@@ -94,7 +94,8 @@ def with_shares(rows: list[dict[str, Any]], exact: dict[str, float]) -> list[dic
     """The rows with the share of rounding's gap that each recovers."""
     nearest = {row["model"]: row["perplexity"] for row in rows if row["variant"] == "rtn"}
     for row in rows:
-        if row["model"] not in nearest: continue
+        if row["model"] not in nearest:
+            continue
         gap = nearest[row["model"]] - exact[row["model"]]
         row["recovered"] = round((nearest[row["model"]] - row["perplexity"]) / gap, 3)
     return rows
@@ -144,7 +145,9 @@ def main() -> None:
             if VARIANTS[name][1] == "other" and options.other is None:
                 continue
             rows.append(measure(model, name, options))
-            options.json.write_text(json.dumps({"float": exact, "rows": with_shares(rows, exact)}, indent=1, ensure_ascii=False))
+            options.json.write_text(
+                json.dumps({"float": exact, "rows": with_shares(rows, exact)}, indent=1, ensure_ascii=False)
+            )
             print(f"  {name:40s} {rows[-1]['perplexity']:.3f}  {rows[-1]['seconds']} s", flush=True)
     result = {"float": exact, "rows": with_shares(rows, exact)}
     options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

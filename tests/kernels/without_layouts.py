@@ -199,4 +199,7 @@ def interpreted(module: ModuleType, *needed: ModuleType) -> ModuleType:
     modules = stand_ins() | {need.__name__: interpreted(need) for need in needed}
     with patch.dict(sys.modules, modules), patch.object(triton.experimental, "gluon", modules[GLUON]):
         spec.loader.exec_module(copy)
+    # now, as crews that came to it at the same moment would break python's parser
+    for kernel in [value for value in vars(copy).values() if isinstance(value, Interpreted)]:
+        kernel.rewrite()
     return copy

@@ -1,5 +1,7 @@
 """Codes in the order of tensor cores: inverse pairs, the picture of the docstring, and the same words for the same codes."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,13 +47,35 @@ def test_deinterleaving_gives_back_the_values(outs: int, groups: int) -> None:
     assert torch.equal(mma_tiles.deinterleave(places, outs), values)
 
 
-@pytest.mark.parametrize(("strip", "lane", "step"), [(0, 0, 0), (2, 13, 3), (1, 31, 2), (3, 6, 1)])
-def test_a_word_holds_the_codes_of_the_picture(strip: int, lane: int, step: int) -> None:
-    codes = random_codes(128, 192)
-    word = int(mma_tiles.pack(codes)[1, 2].view(4, 32, 4)[strip, lane, step])
-    r, c = 64 + 16 * strip + lane // 4, 128 + 16 * step + 2 * (lane % 4)
+def as_in_the_picture(words: Tensor, codes: Tensor, strip: int, lane: int, step: int) -> bool:
+    """Whether this word of the second tile, both ways, holds what the docstring says."""
+    word = int(words[1, 1].view(4, 32, 4)[strip, lane, step])
+    r, c = 64 + 16 * strip + lane // 4, 64 + 16 * step + 2 * (lane % 4)
     places = [(r, c), (r + 8, c), (r, c + 8), (r + 8, c + 8), (r, c + 1), (r + 8, c + 1), (r, c + 9), (r + 8, c + 9)]
-    assert [word >> 4 * nibble & 15 for nibble in range(8)] == [int(codes[place]) for place in places]
+    return [word >> 4 * nibble & 15 for nibble in range(8)] == [int(codes[place]) for place in places]
+
+
+PLACES = [(0, 0, 0), (2, 13, 3), (1, 31, 2), (3, 6, 1)]
+
+
+def test_a_word_holds_the_codes_of_the_picture() -> None:
+    codes = random_codes(128, 192)
+    assert all(as_in_the_picture(mma_tiles.pack(codes), codes, *place) for place in PLACES)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda words: words.roll(4, dims=2),  # the next lane
+        lambda words: words.view(*words.shape[:2], 4, 32, 4).mT.contiguous(),  # steps before lanes
+        lambda words: words >> 16 & 0xFFFF | words << 16,  # neighbours the other way round
+        lambda words: words.transpose(0, 1).reshape(words.shape),  # tiles along the outputs first
+    ],
+    ids=["lanes", "steps", "halves", "tiles"],
+)
+def test_the_picture_tells_other_orders_apart(bug: Any) -> None:
+    codes = random_codes(128, 192)
+    assert not all(as_in_the_picture(bug(mma_tiles.pack(codes)), codes, *place) for place in PLACES)
 
 
 def test_a_place_holds_the_output_of_the_formula() -> None:
