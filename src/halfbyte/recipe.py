@@ -53,11 +53,15 @@ class Recipe(Value):
     @model_validator(mode="after")
     def _steps_fit_the_scheme(self) -> "Recipe":
         if self.scheme.weights is not None:
-            order = [0 if isinstance(step, Transform) else 1 if isinstance(step, Rounding) else 2 for step in self.steps]
+            order = [
+                0 if isinstance(step, Transform) else 1 if isinstance(step, Rounding) else 2 for step in self.steps
+            ]
             if order.count(1) != 1:
                 raise ValueError("exactly one step must round the weights: rtn or gptq")
             if order != sorted(order):
-                raise ValueError("steps go in this order: transforms such as awq, one rounding, refinements such as lkd")
+                raise ValueError(
+                    "steps go in this order: transforms such as awq, one rounding, refinements such as lkd"
+                )
         return self
 
     @property

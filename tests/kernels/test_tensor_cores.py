@@ -1,5 +1,7 @@
 """Prepared 4-bit weights: every kernel against the float64 reference, on signed inputs, ragged shapes, all codes seen."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -255,6 +257,11 @@ def shared_memory(tiling: Tiling) -> int:
         step = tiling.run * (tiling.block_m * 128 + tiling.workers * tiling.each * 2048)
         return tiling.stages * (step + 16) + tiling.block_m * tiling.workers * tiling.each * 128
     return tiling.stages * tiling.run * tiling.warps * (tiling.block_n * 32 + tiling.block_m * 128)
+
+
+def test_the_op_is_there_without_triton() -> None:
+    program = "import sys; sys.modules['triton'] = None; import halfbyte.kernels.w4a16.tensor_cores"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def neighbouring_tiles(w: TensorCoreWeight) -> TensorCoreWeight:

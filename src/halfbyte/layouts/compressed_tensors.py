@@ -331,4 +331,6 @@ def _format(name: str, group: Mapping[str, Any], default: str | None) -> WeightF
             "scattered, which current readers refuse: quantize again with actorder static, or none"
         )
     convention = Convention.GPTQ if weights.get("symmetric", True) else Convention.ASYMMETRIC
-    return WeightFormat(bits=bits, convention=convention, granularity=granularity, stored="bytes" if form == BYTES else "words")
+    return WeightFormat(
+        bits=bits, convention=convention, granularity=granularity, stored="bytes" if form == BYTES else "words"
+    )

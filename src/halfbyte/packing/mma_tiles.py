@@ -23,7 +23,6 @@ eight outputs of its row side by side:
 Both dimensions are filled up to whole tiles with zeros.
 """
 
-import torch
 from jaxtyping import Int32, Shaped, UInt8
 from torch import Tensor
 

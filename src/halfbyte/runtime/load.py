@@ -60,7 +60,8 @@ def load(
 
     `recipe`: quantize an unquantized model while it is read, by a recipe that needs no data (`rtn-w8a16`, ...); nothing
     is written. `fused`: join what stands between integer products (runtime/fused.py). `device`: auto is the GPU, or the
-    CPU without one. `dtype`: float32 on the CPU and the checkpoint's own on a GPU, unless given. CheckpointError where the folder is damaged, unfinished, or not what its config.json says;
+    CPU without one. `dtype`: float32 on the CPU and the checkpoint's own on a GPU, unless given. CheckpointError where
+    the folder is damaged, unfinished, or not what its config.json says;
     RecipeError where the recipe needs data; ModelError where layers cannot be fused.
     """
     folder = locate(path_or_name)

@@ -1,12 +1,12 @@
 """Prepared 4-bit weight times many tokens: yᵀ = W · xᵀ with `wgmma`, W decoded in registers as its left operand.
 
-A program has three crews that meet in a ring of STAGES slots in shared memory; a step is RUN tiles of 64 inputs:
+A program has crews of warps that meet in a ring of STAGES slots in shared memory; a step is RUN tiles of 64 inputs:
 
-    loader       1 warp    x [RUN, BLOCK_M, 64] and words [RUN, tiles, 512], by the copy engine ─► slot
-    multipliers  2 x 4     slot ─► code + magic ─► (· - offset) · scale, in registers ─► wgmma with xᵀ of the slot
+    loader         1 warp     x [RUN, BLOCK_M, 64] and words [RUN, tiles, 512], by the copy engine ─► slot
+    WORKERS crews  of 4       slot ─► code + magic ─► (· - offset) · scale, in registers ─► wgmma with xᵀ of the slot
 
-Each crew of multipliers has half of the block's outputs, EACH tiles. They do not wait for each other, so that one decodes
-while the tensor cores work for the other. `code + magic` is exact and so is the difference; the product with the scale is
+Each of the WORKERS has EACH tiles of 64 outputs. They do not wait for each other, so that one decodes while the tensor
+cores work for another. `code + magic` is exact and so is the difference; the product with the scale is
 rounded once, as it is in a decoded weight.
 
 With SHARED, work is dealt out by steps and not by blocks (Stream-K, https://arxiv.org/abs/2301.03598): of the steps of

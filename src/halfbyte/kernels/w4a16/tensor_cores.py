@@ -79,7 +79,7 @@ def matmul(
 
 @torch.library.custom_op("halfbyte::w4a16_matmul", mutates_args=(), device_types="cpu")
 def _op(
-    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,
+    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,  # noqa: ARG001
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     _check(x, words, scales, outs, group_size, bias)
@@ -114,7 +114,7 @@ def launch(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, tiling: til
 
 @_op.register_fake
 def _shape_of(
-    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,
+    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,  # noqa: ARG001
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     _check(x, words, scales, outs, group_size, bias)
