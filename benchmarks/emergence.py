@@ -5,8 +5,8 @@
 
 After Dettmers et al., LLM.int8(), arXiv 2208.07339, section 4. A dimension of the hidden states is an outlier dimension
 where some magnitude reaches the threshold in a quarter of the norm outputs at least, and at 6 % of all (token, norm)
-places. Such dimensions are set to zero wherever a linear or router reads a norm (in a model that has none, the 6 that
-reach the threshold at most places), and as many others drawn by chance.
+places. The six that reach it at most places are set to zero wherever a linear or router reads a norm, then six others
+drawn by chance.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from halfbyte.runtime.load import load
 
 LAYERS, TOKENS = 0.25, 0.06  # shares that make a dimension an outlier dimension
 DRAWS = 3
-WITHOUT_OUTLIERS = 6  # dimensions that are set to zero in a model that has no outlier dimensions
+SILENCED = 6  # dimensions that are set to zero
 
 
 class Counter:
@@ -105,7 +105,7 @@ def study(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     in_layers = torch.stack([counter.reached > 0 for counter in norms]).float().mean(dim=0)
     at_tokens = torch.stack([counter.reached / counter.tokens for counter in norms]).mean(dim=0)
     outliers = ((in_layers >= LAYERS) & (at_tokens >= TOKENS)).nonzero().flatten().tolist()
-    silenced = outliers or at_tokens.argsort(descending=True)[:WITHOUT_OUTLIERS].tolist()
+    silenced = at_tokens.argsort(descending=True)[:SILENCED].tolist()
     others = [dimension for dimension in range(len(in_layers)) if dimension not in silenced]
     modules = [module for found in readers.values() for module in found]
     drawn = []
@@ -117,7 +117,7 @@ def study(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         without_loudest = perplexity()
     return {
         "model": folder.name, "outlier_dimensions": outliers, "hidden": len(in_layers),
-        "silenced": {str(d): {"layers": float(in_layers[d]), "tokens": round(float(at_tokens[d]), 4)} for d in silenced},
+        "silenced": {str(d): {"layers": round(float(in_layers[d]), 4), "tokens": round(float(at_tokens[d]), 4)} for d in silenced},
         "perplexity": whole, "without_silenced": without_loudest, "without_as_many_others": drawn,
         "inputs": [row(name, counter) for name, counter in counters.items()],
     }  # fmt: skip

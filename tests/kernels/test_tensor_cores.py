@@ -216,6 +216,9 @@ def test_what_cannot_be_prepared_is_refused_with_the_reason(
         ({"x": torch.zeros(256, dtype=torch.float16)}, "of 1 axes"),
         ({"x": torch.zeros(2, 192, dtype=torch.float16)}, "192 inputs and the weight 256"),
         ({"bias": torch.zeros(71, dtype=torch.float16)}, "72 outputs"),
+        ({"weight": replace(problem(2, 256, 72, 128).prepared(), outs=200)}, "200 outputs in 2 groups"),
+        ({"weight": replace(problem(2, 256, 72, 128).prepared(), counters=torch.zeros(1))}, "not of one weight"),
+        ({"weight": replace(problem(2, 256, 72, 128).prepared(), offsets=torch.zeros(2, 64))}, "not of one weight"),
     ],
 )
 def test_arguments_that_disagree_are_refused(change: dict[str, Any], why: str) -> None:

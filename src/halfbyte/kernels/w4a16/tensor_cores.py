@@ -79,10 +79,10 @@ def matmul(
 
 @torch.library.custom_op("halfbyte::w4a16_matmul", mutates_args=(), device_types="cpu")
 def _op(
-    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,  # noqa: ARG001
+    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    _check(x, words, scales, outs, group_size, bias)
+    _check(x, words, scales, offsets, counters, outs, group_size, bias)
     weight = _decode(words, scales, offsets, outs, x.shape[1], group_size)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -92,7 +92,7 @@ def _on_cuda(
     x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    _check(x, words, scales, outs, group_size, bias)
+    _check(x, words, scales, offsets, counters, outs, group_size, bias)
     if not x.shape[0]:
         return x.new_empty(0, outs)
     if x.stride(1) != 1 or x.stride(0) % IN_STEP or x.data_ptr() % 16:
@@ -114,10 +114,10 @@ def launch(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, tiling: til
 
 @_op.register_fake
 def _shape_of(
-    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,  # noqa: ARG001
+    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    _check(x, words, scales, outs, group_size, bias)
+    _check(x, words, scales, offsets, counters, outs, group_size, bias)
     return x.new_empty(x.shape[0], outs)
 
 
@@ -141,16 +141,25 @@ def _magic_places(words: Int32[Tensor, "out_tiles in_tiles 512"], dtype: torch.d
     return mma_tiles.interleave(torch.where(outs % 16 < 8, low, high)[:, None])
 
 
-def _check(x: Tensor, words: Tensor, scales: Tensor, outs: int, group_size: int, bias: Tensor | None) -> None:
-    """Raise WeightError unless x and the bias fit the prepared weight."""
+def _check(
+    x: Tensor, words: Tensor, scales: Tensor, offsets: Tensor | None, counters: Tensor, outs: int, group_size: int,
+    bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise WeightError unless the parts are of one prepared weight, and x and the bias fit it."""
     if x.dim() != 2 or x.dtype != scales.dtype:
         raise WeightError(
             f"x is {x.dtype} of {x.dim()} axes: give [tokens, in] in {scales.dtype}, for which the weight was prepared"
         )
-    ins = x.shape[1]
-    if ins != scales.shape[0] * group_size or mma_tiles.tiles_for(ins) != words.shape[1]:
+    ins, groups = x.shape[1], scales.shape[0]
+    if ins != groups * group_size or mma_tiles.tiles_for(ins) != words.shape[1]:
         raise WeightError(
-            f"x has {ins} inputs and the weight {scales.shape[0] * group_size}: give x as many columns as the weight"
+            f"x has {ins} inputs and the weight {groups * group_size}: give x as many columns as the weight"
+        )
+    places = groups, mma_tiles.tiles_for(outs) * mma_tiles.TILE
+    parts = scales.shape, words.shape[0] * mma_tiles.TILE, places if offsets is None else offsets.shape
+    if parts != (places, places[1], places) or counters.shape != (COUNTERS * words.shape[0],):
+        raise WeightError(
+            f"the parts are not of one weight with {outs} outputs in {groups} groups: take what `prepare` made"
         )
     if bias is not None and bias.shape != (outs,):
         raise WeightError(f"the bias is {list(bias.shape)}, but there are {outs} outputs: give one number for each")
