@@ -62,7 +62,9 @@ def demo(
     device: str = "auto",
     progress: Progress = silent,
 ) -> DemoResult:
-    """Quantize `model` by each of `recipes` (None: every shipped one that trains nothing), measure each result, and write it all to `output`.
+    """Quantize `model` by each of `recipes`, measure each result, and write it all to `output`.
+
+    `recipes`: None takes every shipped one that trains nothing.
 
     Calibration and evaluation text are two halves of this Python's own documentation, split by topic; nothing is
     downloaded. An earlier demo in `output` is replaced; OutputError where something else is there.
