@@ -117,7 +117,9 @@ def study(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         without_loudest = perplexity()
     return {
         "model": folder.name, "outlier_dimensions": outliers, "hidden": len(in_layers),
-        "silenced": {str(d): {"layers": round(float(in_layers[d]), 4), "tokens": round(float(at_tokens[d]), 4)} for d in silenced},
+        "silenced": {
+            str(d): {"layers": round(float(in_layers[d]), 4), "tokens": round(float(at_tokens[d]), 4)} for d in silenced
+        },
         "perplexity": whole, "without_silenced": without_loudest, "without_as_many_others": drawn,
         "inputs": [row(name, counter) for name, counter in counters.items()],
     }  # fmt: skip
