@@ -1,7 +1,7 @@
 """Which inputs are outliers, in which layers and for how many tokens, and what the model loses without them.
 
     python benchmarks/emergence.py --models ref-llama-22m ref-llama-22m-outliers --text test.txt \
-        --json docs/measurements/emergence.json
+        --json docs/measurements/emergence.json --page docs/llm-int8.md
 
 After Dettmers et al., LLM.int8(), arXiv 2208.07339, section 4. A dimension of the hidden states is an outlier dimension
 where some magnitude reaches the threshold in a quarter of the norm outputs at least, and at 6 % of all (token, norm)
@@ -33,6 +33,7 @@ from halfbyte.runtime.load import load
 LAYERS, TOKENS = 0.25, 0.06  # shares that make a dimension an outlier dimension
 DRAWS = 3
 SILENCED = 6  # dimensions that are set to zero
+BEGIN, END = "<!-- emergence: begin -->", "<!-- emergence: end -->"
 
 
 class Counter:
@@ -137,16 +138,38 @@ def row(name: str, counter: Counter) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tables(models: list[dict[str, Any]]) -> str:
+    """Markdown: where the threshold is reached, a line per block; and what silencing costs, a line per model."""
+    inputs = list(dict.fromkeys(row["input"] for row in models[0]["inputs"]))
+    head = [f"{kind}`{name}`" for kind in ("", "outliers: ")[: len(models)] for name in inputs]
+    lines = ["| block | " + " | ".join(head) + " |", "|" + "---|" * (1 + len(head))]
+    found = [{(row["block"], row["input"]): row for row in model["inputs"]} for model in models]
+    for block in dict.fromkeys(row["block"] for row in models[0]["inputs"]):
+        rows = [rows[block, name] for rows in found for name in inputs]
+        cells = [f"{row['dimensions']}, {row['tokens_share']:.0%}" if row["dimensions"] else "–" for row in rows]
+        lines.append(f"| {block} | " + " | ".join(cells) + " |")
+    lines += ["", "| model | the loudest dimensions | ppl | without them | without as many others |", "|" + "---|" * 5]
+    for model in models:
+        others = model["without_as_many_others"]
+        lines.append(
+            f"| `{model['model']}` | {', '.join(model['silenced'])} | {model['perplexity']:.1f} | "
+            f"{model['without_silenced']:.1f} | {min(others):.1f} to {max(others):.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", type=Path, default=[])
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--threshold", type=float, default=6.0)
     parser.add_argument("--windows", type=int, default=16, help="of 1024 tokens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--render", type=Path, help="measure nothing, take what this earlier --json holds")
+    parser.add_argument("--page", type=Path, help="put the tables between the markers of this page")
     options = parser.parse_args()
-    found = []
+    found = json.loads(options.render.read_text())["models"] if options.render else []
     for folder in options.models:
         found.append(study(folder, options))
         print(json.dumps({key: value for key, value in found[-1].items() if key != "inputs"}), flush=True)
@@ -160,6 +183,10 @@ def main() -> None:
     }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(tables(found))
+    if options.page:
+        before, rest = options.page.read_text().split(BEGIN)
+        options.page.write_text(before + BEGIN + "\n" + tables(found) + "\n" + END + rest.split(END, 1)[1])
 
 
 if __name__ == "__main__":
