@@ -21,6 +21,11 @@ def scales_of(reach: Float64[Tensor, "tokens"], steps: int) -> Float32[Tensor, "
     return torch.where(reach > 0, (reach / steps).clamp(min=SMALLEST_SCALE), 1.0).float()
 
 
+def quotient(y: Float64[Tensor, "..."], scales: Float32[Tensor, "..."]) -> Float32[Tensor, "..."]:
+    """y / scales as float32 division gives it: y is often just half way between two codes."""
+    return (y / scales.double()).float()
+
+
 def quantize(
     y: Float[Tensor, "tokens in"], symmetric: bool = True
 ) -> tuple[Int8[Tensor, "tokens in"], Float32[Tensor, "tokens"], Int32[Tensor, "tokens"] | None]:
@@ -28,11 +33,11 @@ def quantize(
     y = y.double()
     if symmetric:
         scales = scales_of(y.abs().amax(dim=1), 127)
-        return (y / scales[:, None].double()).round().clamp(-127, 127).to(torch.int8), scales, None
+        return quotient(y, scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales, None
     low, high = y.amin(dim=1).clamp(max=0), y.amax(dim=1).clamp(min=0)
     scales = scales_of(high - low, 255)
-    zeros = (-128 - low / scales.double()).round().clamp(-128, 127)
-    codes = ((y / scales[:, None].double()).round() + zeros[:, None]).clamp(-128, 127)
+    zeros = (-128 - quotient(low, scales)).round().clamp(-128, 127)
+    codes = (quotient(y, scales[:, None]).round() + zeros[:, None]).clamp(-128, 127)
     return codes.to(torch.int8), scales, zeros.int()
 
 
@@ -46,7 +51,7 @@ def dequantize(
 
 def static(x: Float[Tensor, "tokens in"], scale: Float32[Tensor, "1"]) -> Int8[Tensor, "tokens in"]:
     """Codes on one grid for all tokens."""
-    return (x.double() / scale.double()).round().clamp(-127, 127).to(torch.int8)
+    return quotient(x.double(), scale).round().clamp(-127, 127).to(torch.int8)
 
 
 def norm(
