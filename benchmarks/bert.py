@@ -55,16 +55,18 @@ def variant(
     weights: dict[str, Any] = EIGHT,
     feed_forward: dict[str, Any] | None = None,
     activations: dict[str, Any] | None = None,
+    tables: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str | None]:
     """A recipe, and what it is calibrated on (None: nothing)."""
     overrides = {} if feed_forward is None else dict.fromkeys(FEED_FORWARD, feed_forward)
-    scheme = {"weights": weights, "activations": {"bits": 8} | (activations or {})}
+    scheme = {"weights": weights, "activations": {"bits": 8} | (activations or {}), "embeddings": tables}
     return {"scheme": scheme, "overrides": overrides, "steps": list(steps)}, data
 
 
 VARIANTS = {
     "W8A8, one scale per tensor, static": variant(RTN, weights=PER_TENSOR, activations=STATIC),
     "W8A8, per channel": variant(RTN, data=None),
+    "W8A8, per channel, embeddings too": variant(RTN, data=None, tables=EIGHT | {"stored": "bytes"}),
     "W8A8, 48 groups": variant(RTN, data=None, weights=EIGHT_COUNT),
     "W4/8A8, rtn": variant(RTN, data=None, feed_forward=FOUR),
     "W4/8A8, gptq": variant(GPTQ, feed_forward=FOUR),

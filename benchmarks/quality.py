@@ -38,7 +38,7 @@ def measure(model: Path, recipe: str, options: argparse.Namespace, original: Any
         result = evaluate(quantized, against=original, text=options.text, window=1024, limit_windows=16)
     return {
         "model": model.name, "recipe": recipe, "perplexity": result.perplexity, "kl_mean": result.kl_mean,
-        "kl_p99": result.kl_p99, "top1_agreement": result.top1_agreement, "bits_per_weight": report.bits_per_weight,
+        "kl_p99": result.kl_p99, "top1_agreement": result.top1_agreement, "bits_per_weight": report.bits_per_weight or 16.0,
         "seconds": round(report.seconds, 1),
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "packing": {"errors"},
     "kernels": {"errors", "packing"},
     "models": {"errors"},
-    "calibration": {"errors", "numerics", "models"},
+    "calibration": {"errors", "scheme", "numerics", "models"},
     "methods": {"errors", "scheme", "numerics", "solvers", "models", "calibration"},
     "recipe": {"errors", "scheme", "methods"},
     "layouts": {"errors", "scheme", "numerics", "packing", "models"},
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "checkpoint": {
         "errors", "scheme", "numerics", "models", "calibration", "recipe", "layouts", "plan", "evaluation", "__init__",
     },
-    "run": {"errors", "machine", "models", "calibration", "recipe", "runtime", "plan"},
+    "run": {"errors", "machine", "numerics", "models", "calibration", "recipe", "layouts", "runtime", "plan"},
     "pipeline": {
         "errors", "machine", "models", "recipe", "layouts", "block", "plan", "run", "checkpoint", "evaluation",
     },
@@ -50,7 +50,9 @@ MAY_IMPORT = {
 DOORS = {
     "transformers": {
         "models/load.py", "runtime/load.py", "runtime/generate.py", "huggingface.py", "calibration/self_written.py",
-        "models/linearize.py", "cli/terminal.py",
+        "models/linearize.py", "cli/terminal.py", "runtime/cache.py", "runtime/cache_attention.py", "calibration/cache.py",
+        "calibration/past_only.py",
+        "runtime/static_cache.py", "runtime/decoder.py", "runtime/cache_decode.py",
     },
     "triton": {"kernels", "solvers"},
     "datasets": {"calibration/data.py"},

@@ -113,6 +113,11 @@ RESUMED = {
     "static": recipe({"method": "rtn"}, bits=8, activations=STATIC),
     "split": recipe({"method": "rtn"}, bits=8, activations=SPLIT),
     "lkd": recipe({"method": "rtn"}, {"method": "lkd", "steps": 3}, activations={}),
+    "learned": recipe(
+        {"method": "rtn"},
+        {"method": "omniquant", "links": "all", "epochs": 3, "clip_rate": 0.1},
+        {"method": "wkvquant", "depth": 2, "epochs": 3, "clip_rate": 0.1},
+    ),
 }
 
 

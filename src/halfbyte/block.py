@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,19 +11,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from halfbyte.calibration.cache import observe_cache
+from halfbyte.calibration.past_only import attending_past_only
+from halfbyte.calibration.reconstruct import BlockContext
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import SharedInput, Stream, linears, observe, quantizing_inputs, shared_inputs
 from halfbyte.errors import CalibrationError, HalfbyteError, ModelError
-from halfbyte.methods.contract import InputChoice, RoundedBlock, Rounding
+from halfbyte.methods.contract import InputChoice, Rotation, RoundedBlock, Rounding, Transform
 from halfbyte.methods.rtn import RTN
 from halfbyte.models.fold import ResolvedLink, find_links
 from halfbyte.models.load import Skeleton
 from halfbyte.numerics.activations import InputQuantizer, calibrated
+from halfbyte.numerics.cache import NO_SMOOTHING, Smoothing, layer_coders
+from halfbyte.numerics.certificate import TOKEN_INPUTS, strictest
 from halfbyte.numerics.error import output_snr, weight_snr
 from halfbyte.numerics.grid import Grid
+from halfbyte.numerics.integer_scales import on_integer_grid, require_safe
 from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, along_rows
 from halfbyte.recipe import Recipe
-from halfbyte.scheme import ActivationFormat, PerChannel, PerGroup, WeightFormat
+from halfbyte.scheme import ActivationFormat, IntegerScale, PerChannel, PerGroup, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,16 @@ class BlockQuantizer:
     stream: Stream | None
     float_stream: Stream | None
     structures: dict[tuple[type[nn.Module], tuple[str, ...]], list[SharedInput]] = field(default_factory=dict)
+    smoothing: dict[int, Smoothing] = field(default_factory=dict)  # what each block's cache does, if a step says
+    read: Callable[[int], nn.Module] | None = None
+    """A float block with its weights, for refinements that look at the blocks that follow."""
+    rotated_inputs: set[str] = field(init=False)  # names in a block
+
+    def __post_init__(self) -> None:
+        rotation = self.recipe.rotation
+        online = () if rotation is None else rotation.online_inputs(self.skeleton)
+        prefix = self.skeleton.blocks_name + "."
+        self.rotated_inputs = {path.removeprefix(prefix).partition(".")[2] for path in online}
 
     def quantize(
         self,
@@ -89,25 +106,35 @@ class BlockQuantizer:
         """
         original = copy.deepcopy(block) if self.float_stream else None
         done: dict[str, Rounded] = {}
-        if self.stream is None:
+        if self.stream is None or self.recipe.scheme.weights is None:
             inputs = {name: InputQuantizer(format) for name, format in activations.items()}
             for name in formats:
-                done |= self._round(index, block, (name,), formats, None)
+                done |= self._round(index, block, (name,), formats, activations, None)
         else:
             seen = self._observed(index, block, original, self._shared_inputs(index, block), first=True)
             activations = self._transform(block, seen, formats, activations)
             inputs = {name: calibrated(f, seen[name].minimum, seen[name].maximum) for name, f in activations.items()}
             for shared, statistics in self._in_turn(index, block, original, seen):
                 for alike in _alike([name for name in shared if name in formats], formats):
-                    done |= self._round(index, block, alike, formats, statistics)
+                    done |= self._round(index, block, alike, formats, activations, statistics)
             self._refine(index, block, original, inputs, done)
         if missing := sorted(formats.keys() - done.keys()):
             raise ModelError(f"block {index}: {', '.join(missing)} were to be quantized and were not")
         modules = {name: self._module(rounded, inputs.get(name)) for name, rounded in done.items()}
         for name, module in modules.items():
             linears(block)[name].weight.data.copy_(module.decode())
+        self._smooth_cache(index, block, inputs)
         self.step_over(index, block, original, inputs)
         return modules, [self._record(index, name, done[name], inputs.get(name)) for name in modules]
+
+    def _smooth_cache(self, index: int, block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> None:
+        """Let the recipe's step look at what the block, as it is stored, writes into its cache."""
+        step, format = self.recipe.smoothing, self.recipe.scheme.cache
+        if step is None or format is None or self.stream is None:
+            return
+        with quantizing_inputs(block, inputs):
+            seen = observe_cache(block, self.stream, index)
+        self.smoothing[index] = step.smooth(seen, format, index, len(self.skeleton.blocks))
 
     def step_over(
         self, index: int, block: nn.Module, original: nn.Module | None, inputs: Mapping[str, InputQuantizer]
@@ -150,7 +177,7 @@ class BlockQuantizer:
             step.transform(self._links(block), seen, formats, activations)
             if isinstance(step, InputChoice):
                 activations = step.choose(seen, activations)
-        if self.recipe.transforms:
+        if self.recipe.transforms or self.recipe.rotation is not None:
             round_parameters(block, formats, self.dtype)
         return activations
 
@@ -178,14 +205,22 @@ class BlockQuantizer:
             self.structures[structure] = shared_inputs(block, self.stream, index)
         return self.structures[structure]
 
+    @property
+    def _before_rounding(self) -> tuple[Rotation | Transform, ...]:
+        rotation = self.recipe.rotation
+        return (*(() if rotation is None else (rotation,)), *self.recipe.transforms)
+
     def _links(self, block: nn.Module) -> list[ResolvedLink]:
         if self.skeleton.architecture is None:
             raise ModelError(
-                f"{self.skeleton.config.model_type} has no table of links, and {self.recipe.transforms[0].method} must "
+                f"{self.skeleton.config.model_type} has no table of links, and "
+                f"{(*self.recipe.transforms, *self.recipe.refinements)[0].method} must "
                 "know where scales can move: use a recipe without transforms (rtn, gptq), or add a table to "
                 "models/tables.py"
             )
-        return find_links(block, self.skeleton.architecture, *self.skeleton.heads)
+        links = find_links(block, self.skeleton.architecture, *self.skeleton.heads)
+        # a scale does not pass the rotation that an input gets at run time
+        return [link for link in links if not self.rotated_inputs & link.readers.keys()]
 
     def _round(
         self,
@@ -193,6 +228,7 @@ class BlockQuantizer:
         block: nn.Module,
         names: Sequence[str],
         formats: Mapping[str, WeightFormat],
+        activations: Mapping[str, ActivationFormat],
         seen: InputStatistics | None,
     ) -> dict[str, Rounded]:
         """Round linears that share input and format as one matrix, rows on rows. The block computes with the result."""
@@ -202,7 +238,12 @@ class BlockQuantizer:
         whole = torch.cat(list(weights.values()))
         step = self._rounding(self._path(index, names[0]), seen)
         try:
-            result = step.quantize(whole, formats[names[0]], seen)
+            result = on_integer_grid(
+                lambda weight, format: step.quantize(weight, format, seen),
+                whole,
+                formats[names[0]],
+                strictest([activations.get(name, TOKEN_INPUTS) for name in names]),
+            )
         except HalfbyteError as cause:
             raise type(cause)(f"{', '.join(self._path(index, name) for name in names)}: {cause}") from cause
         done = {}
@@ -210,7 +251,7 @@ class BlockQuantizer:
             modules[name].weight.data.copy_(part.decode())
             done[name] = Rounded(
                 weight=along_rows(part),
-                method=" → ".join(step.method for step in (*self.recipe.transforms, step)),
+                method=" → ".join(each.method for each in (*self._before_rounding, step)),
                 weight_snr=weight_snr(weights[name], part.decode()),
                 output_snr=_output_snr(weights[name], part, seen),
                 tokens=seen.tokens if seen is not None else 0,
@@ -233,7 +274,13 @@ class BlockQuantizer:
             return
         start = time.perf_counter()
         weights = {name: rounded.original for name, rounded in done.items() if rounded.original is not None}
-        rounded_block = RoundedBlock(index, block, original, weights, inputs, self.stream, self.float_stream)
+        rounded_block = RoundedBlock(
+            index, block, original, weights, inputs, self.stream, self.float_stream,
+            seen={name: rounded.seen for name, rounded in done.items() if rounded.seen is not None},
+            links=lambda: self._links(block),
+            following=lambda count: self._following(index, count),
+            context=self._attending(index, block, inputs),
+        )  # fmt: skip
         for step in self.recipe.refinements:
             better = step.refine(rounded_block, {name: rounded.weight for name, rounded in done.items()})
             for name, weight in better.items():
@@ -241,9 +288,30 @@ class BlockQuantizer:
                 done[name].method += f" → {step.method}"
         round_parameters(block, done.keys(), self.dtype)
         for name, rounded in done.items():
+            found = inputs.get(name)
+            try:
+                require_safe(rounded.weight, TOKEN_INPUTS if found is None else found.format)
+            except HalfbyteError as cause:
+                raise type(cause)(f"{self._path(index, name)}: {cause}") from cause
             rounded.weight_snr = weight_snr(weights[name], rounded.weight.decode())
-            rounded.output_snr = _output_snr(weights[name], rounded.weight, rounded.seen)
+            rounded.output_snr = _output_snr(weights[name], rounded.weight, rounded_block.seen.get(name))
             rounded.seconds += (time.perf_counter() - start) / len(done)
+
+    def _attending(self, index: int, block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> BlockContext:
+        """How the block will attend: through the recipe's cache, as its step would smooth it for the block as it is now."""
+        format = self.recipe.scheme.cache
+        if format is None:
+            return lambda _block: nullcontext()
+        self._smooth_cache(index, block, inputs)
+        smoothing = self.smoothing.get(index, NO_SMOOTHING)
+        coders = layer_coders(format, index, len(self.skeleton.blocks), smoothing)
+        return lambda learning: attending_past_only(learning, coders, format)
+
+    def _following(self, index: int, count: int) -> list[nn.Module]:
+        """The next `count` blocks of the float model, fewer at its end."""
+        if self.read is None:
+            raise ModelError("looking at the blocks that follow needs a way to read them: BlockQuantizer(read=...)")
+        return [self.read(place) for place in range(index + 1, min(index + 1 + count, len(self.skeleton.blocks)))]
 
     def _module(self, rounded: Rounded, inputs: InputQuantizer | None) -> QuantizedModule:
         """What is stored of a linear, with the columns that an outlier split keeps."""
@@ -287,20 +355,23 @@ def split_rows(whole: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWei
     """The parts of a matrix that was quantized rows on rows."""
     if len(rows) == 1:
         return [whole]
-    codes, scales = whole.codes.split(list(rows)), whole.grid.scales.split(list(rows))
-    zeros = [None] * len(rows) if whole.grid.zero_points is None else whole.grid.zero_points.split(list(rows))
-    return [
-        QuantizedWeight(c.contiguous(), Grid(s.contiguous(), None if z is None else z.contiguous()), whole.format)
-        for c, s, z in zip(codes, scales, zeros, strict=True)
-    ]
+    grid = whole.grid
+
+    def parts(tensor: Tensor | None) -> list[Any]:
+        return [None] * len(rows) if tensor is None else [part.contiguous() for part in tensor.split(list(rows))]
+
+    grids = map(Grid, parts(grid.scales), parts(grid.zero_points), parts(grid.amplifiers))
+    return [QuantizedWeight(c, g, whole.format) for c, g in zip(parts(whole.codes), grids, strict=True)]
 
 
 def _alike(names: Sequence[str], formats: Mapping[str, WeightFormat]) -> list[tuple[str, ...]]:
-    """Names that can be rounded as one matrix: the same format, with grids that do not span rows."""
+    """Names that can be rounded as one matrix: the same format, with grids and amplifiers that do not span rows."""
     together: dict[WeightFormat, list[str]] = {}
     alone = []
     for name in names:
-        if isinstance(formats[name].granularity, PerChannel | PerGroup):
+        scale = formats[name].scale
+        of_layer = isinstance(scale, IntegerScale) and scale.amplifier in ("heuristic", "layer")
+        if isinstance(formats[name].granularity, PerChannel | PerGroup) and not of_layer:
             together.setdefault(formats[name], []).append(name)
         else:
             alone.append((name,))

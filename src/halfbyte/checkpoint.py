@@ -4,7 +4,7 @@ Names are those of the source checkpoint, so that every client finds what it loo
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,19 +18,24 @@ from halfbyte import __version__
 from halfbyte.calibration.data import Calibration
 from halfbyte.evaluation.card import card, own_card
 from halfbyte.evaluation.report import Report, completed, html
-from halfbyte.layouts import LAYOUTS
+from halfbyte.layouts.cache import cache_entry, write_smoothing
+from halfbyte.layouts.compressed_tensors import OWN
+from halfbyte.layouts.embeddings import embedding_entry
 from halfbyte.layouts.folder import OutputFolder, sha256
 from halfbyte.layouts.inputs import SUFFIXES as INPUT_SUFFIXES
 from halfbyte.layouts.inputs import read_inputs, write_inputs
+from halfbyte.layouts.rotations import rotation_entry
+from halfbyte.models.heads import attentions
 from halfbyte.models.linearize import TransposedLinear
 from halfbyte.models.load import Skeleton, WeightFiles
 from halfbyte.numerics.activations import InputQuantizer
+from halfbyte.numerics.cache import Smoothing
 from halfbyte.numerics.quantized import QuantizedModule, stored_format
 from halfbyte.plan import Plan, ignored_paths
 from halfbyte.recipe import Recipe
 from halfbyte.scheme import ActivationFormat, WeightFormat
 
-LAYOUT = LAYOUTS["compressed-tensors"]
+LAYOUT = OWN
 SIDECAR = "halfbyte.json"
 CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")  # tokenizer, generation config, chat template, remote code
 REPLACED = {"config.json", "model.safetensors.index.json", "quantize_config.json", SIDECAR}
@@ -80,6 +85,15 @@ def block_tensors(
     return tensors
 
 
+def cache_tensors(skeleton: Skeleton, index: int, block: nn.Module, smoothing: Smoothing | None) -> dict[str, Tensor]:
+    """What the block's cache does to keys and values, under the names of its attention in the checkpoint."""
+    if smoothing is None:
+        return {}
+    (attention,) = attentions(block)
+    base = skeleton.disk_path(f"{skeleton.blocks_name}.{index}.{attention}")
+    return {f"{base}.{suffix}": tensor for suffix, tensor in write_smoothing(smoothing).items()}
+
+
 def restore_block(
     skeleton: Skeleton,
     path: Path,
@@ -124,15 +138,23 @@ def parameters_of(
                 yield path, module, key, parameter
 
 
-def write_rest(skeleton: Skeleton, files: WeightFiles, folder: OutputFolder, name: str) -> None:
-    """Everything of the source that no block holds, as it was stored."""
+def write_rest(
+    skeleton: Skeleton,
+    files: WeightFiles,
+    folder: OutputFolder,
+    name: str,
+    changed: Callable[[], Mapping[str, Tensor]] = dict,
+) -> None:
+    """Everything of the source that no block holds, as it was stored, or as `changed` says: path -> value."""
     if name in folder.finished:
         return
     prefix = skeleton.blocks_name + "."
     inside = {
         skeleton.stored_name(path, files) for path, _ in skeleton.model.named_parameters() if path.startswith(prefix)
     }
-    folder.write_tensors(name, {key: files.read(key) for key in files if key not in inside}, [])
+    tensors = {skeleton.stored_name(path, files): value.cpu() for path, value in changed().items()}
+    tensors |= {key: files.read(key) for key in files if key not in inside and key not in tensors}
+    folder.write_tensors(name, {key: tensors[key] for key in sorted(tensors)}, [])
 
 
 def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe, report: Report) -> Report:
@@ -149,8 +171,14 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
         for record in report.modules
         if record.input_format is not None
     }
-    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, plan), inputs)
+    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, plan), inputs) if on_disk else {"ignore": []}
+    quantization |= cache_entry(recipe.scheme.cache)
     quantization["quant_method"] = plan.layout
+    linear_paths = [skeleton.disk_path(module.path) for module in plan]
+    online = {skeleton.disk_path(path): each for path, each in plan.rotations.inputs.items()}
+    others = [path for path in linear_paths if path not in online]
+    quantization |= rotation_entry(online, plan.rotations.keys, others)
+    quantization |= embedding_entry({skeleton.disk_path(path): format for path, format in plan.tables.items()})
     sidecar = {
         "provenance": report.provenance,
         "formats": {path: format.model_dump(mode="json") for path, format in on_disk.items()},
@@ -158,6 +186,8 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
         "files": {name: entry["sha256"] for name, entry in folder.finished.items()},
     }
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
+    if recipe.rotation is not None and recipe.rotation.unties:
+        config["tie_word_embeddings"] = False
     folder.write_text("model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
     folder.write_text(SIDECAR, json.dumps(sidecar, indent=2, sort_keys=True))
     folder.write_text("recipe.yaml", recipe.dump())

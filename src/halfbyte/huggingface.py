@@ -15,11 +15,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from halfbyte.errors import CheckpointError, ModelError
+from halfbyte.layouts.cache import SUFFIXES, cache_format
+from halfbyte.layouts.embeddings import embedding_formats
+from halfbyte.layouts.rotations import online_inputs
 from halfbyte.models.linearize import is_transposed
 from halfbyte.models.load import WeightFiles
+from halfbyte.runtime.cache_plan import attach_cache, stored_plan
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import LAYOUT, QuantizedLinear
 from halfbyte.runtime.load import OWN_METHOD, Formats
+from halfbyte.runtime.online import add_rotations
 from halfbyte.runtime.replacement import Replacement, linear_for
 
 
@@ -56,8 +61,12 @@ class HalfbyteQuantizer(HfQuantizer):
             )
         linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
         config = self.quantization_config.to_dict()
+        if embedding_formats(config):
+            raise ModelError(
+                "the checkpoint has tables of embeddings in 8 bits, which transformers would tie to its head: use halfbyte.load"
+            )
         formats, activations = LAYOUT.formats(config, list(linears)), LAYOUT.activations(config, list(linears))
-        if not formats:
+        if not formats and cache_format(config) is None:
             raise CheckpointError("quantization_config selects none of the model's linear layers: mend config.json")
         stored = _stored(model, checkpoint_files)
         for name, format in formats.items():
@@ -66,13 +75,27 @@ class HalfbyteQuantizer(HfQuantizer):
             # transformers would draw random weights for it, and GPT-2 does so from the module around it
             for part in (name, name.rpartition(".")[0]):
                 model.get_submodule(part)._is_hf_initialized = True
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.{suffix}$" for suffix in SUFFIXES}
+        self.checkpoint_files = checkpoint_files
         if checkpoint_files:
             _check_files(model, formats, stored, Path(checkpoint_files[0]).parent)
 
     def _process_model_after_weight_loading(self, model: Any, **_options: Any) -> None:
-        for module in model.modules():
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if _is_linear(module) or isinstance(module, QuantizedLinear | IntegerLinear)
+        }
+        for module in linears.values():
             if isinstance(module, QuantizedLinear | IntegerLinear):
                 module.prepare(model.dtype)
+        config = self.quantization_config.to_dict()
+        add_rotations(model, online_inputs(config, list(linears)))
+        if self.checkpoint_files:
+            paths = [Path(file) for file in self.checkpoint_files]
+            files = WeightFiles(paths[0].parent, [path.name for path in paths])
+            attach_cache(model, stored_plan(model, config, str, files))
 
 
 def _is_linear(module: nn.Module) -> bool:

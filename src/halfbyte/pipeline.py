@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from halfbyte.block import BlockQuantizer, ModuleRecord
-from halfbyte.checkpoint import block_tensors, fingerprint, finish, hash_source, restore_block, write_rest
+from halfbyte.checkpoint import (
+    block_tensors,
+    cache_tensors,
+    fingerprint,
+    finish,
+    hash_source,
+    restore_block,
+    write_rest,
+)
 from halfbyte.evaluation.report import Report
 from halfbyte.layouts.folder import OutputFolder
 from halfbyte.machine import peak_memory_used, start_measuring
@@ -77,7 +85,8 @@ def quantize(
     ):
         hashes = hash_source(run.files, pool)
         progress(0, blocks, "embedding")
-        quantizer = BlockQuantizer(run.skeleton, run.recipe, run.stored_dtype, *run.streams(tokens))
+        streams = run.streams(tokens)
+        quantizer = BlockQuantizer(run.skeleton, run.recipe, run.stored_dtype, *streams, read=run.read_block)
         records: list[ModuleRecord] = []
         for index in range(blocks):
             name = f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
@@ -100,11 +109,13 @@ def quantize(
                 block = run.read_block(index)
                 quantized, new = quantizer.quantize(index, block, formats, activations)
                 tensors = block_tensors(run.skeleton, run.files, index, block, quantized)
+                tensors |= cache_tensors(run.skeleton, index, block, quantizer.smoothing.get(index))
                 folder.write_tensors(name, tensors, [asdict(record) for record in new])
                 records += new
             release(run.skeleton.blocks[index])
             progress(index + 1, blocks, f"block {index + 1} of {blocks}")
-        write_rest(run.skeleton, run.files, folder, f"model-{blocks + 1:05d}-of-{blocks + 1:05d}.safetensors")
+        rest = f"model-{blocks + 1:05d}-of-{blocks + 1:05d}.safetensors"
+        write_rest(run.skeleton, run.files, folder, rest, run.outside_as_stored)
         folder.flush()
         host, used = peak_memory_used(run.device)
         report = Report(

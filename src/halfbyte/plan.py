@@ -1,7 +1,7 @@
 """What a run would do, before it does it: every module's format, the bytes on disk, memory and time."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import ceil
 
 import torch
@@ -9,15 +9,16 @@ from torch import nn
 
 from halfbyte.calibration.walk import linears
 from halfbyte.errors import FormatError, RecipeError, WeightError
-from halfbyte.layouts import LAYOUTS
+from halfbyte.layouts.compressed_tensors import OWN
 from halfbyte.models.linearize import TransposedLinear, is_router
-from halfbyte.models.load import Skeleton, WeightFiles
+from halfbyte.models.load import Skeleton, WeightFiles, outer_modules
+from halfbyte.numerics.cache import layer_coders
 from halfbyte.numerics.grid import scales_shape
 from halfbyte.numerics.quantized import stored_format
 from halfbyte.recipe import Recipe
-from halfbyte.scheme import ActivationFormat, FloatScale, WeightFormat
+from halfbyte.scheme import ActivationFormat, CacheFormat, FloatScale, IntegerScale, OnlineHadamard, WeightFormat
 
-LAYOUT = LAYOUTS["compressed-tensors"]
+LAYOUT = OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,15 @@ class ModulePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedRotations:
+    """What a recipe's rotation leaves to run time, and what it costs on disk."""
+
+    inputs: Mapping[str, OnlineHadamard] = field(default_factory=dict)  # by path of the linear that reads them
+    keys: OnlineHadamard | None = None
+    untied: int = 0  # bytes of a head that no longer shares the embedding's weight
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The whole run."""
 
@@ -43,6 +53,8 @@ class Plan:
     peak_host: int  # bytes
     peak_device: int  # bytes; 0 where the device is the host
     seconds: float | None  # None until a throughput was measured
+    rotations: PlannedRotations = PlannedRotations()
+    tables: Mapping[str, WeightFormat] = field(default_factory=dict)  # of embeddings, by path
 
     def formats(self, prefix: str) -> dict[str, WeightFormat]:
         """Name relative to `prefix` -> format, of the modules below it that will be quantized."""
@@ -70,11 +82,8 @@ def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tupl
     RecipeError where the recipe selects nothing or asks for what cannot be done yet; WeightError, FormatError with the
     module's path where a format does not fit it.
     """
-    if recipe.scheme.cache:
-        raise RecipeError(
-            f"recipe {recipe.name!r} asks for a quantized cache, which this version can describe but not produce: remove "
-            "`scheme.cache`"
-        )
+    if recipe.scheme.cache is not None:
+        check_cache(skeleton, recipe.scheme.cache)
     modules = []
     for index, block in enumerate(skeleton.blocks):
         for name, linear in linears(block).items():
@@ -95,11 +104,58 @@ def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tupl
                 )
             after = size if format is None else packed_bytes(out, columns, format)
             modules.append(ModulePlan(path, (out, columns), format, activations, size, after))
-    if not any(module.format for module in modules):
+    if not any(module.format for module in modules) and (recipe.scheme.weights or not recipe.scheme.cache):
         raise RecipeError(
             f"recipe {recipe.name!r} selects none of the {len(modules)} linears of this model: look at its `ignore` list"
         )
     return tuple(modules)
+
+
+def check_cache(skeleton: Skeleton, format: CacheFormat) -> None:
+    """FormatError where the format's groups do not divide this model's heads."""
+    coders = layer_coders(format, 0, 1)
+    for coder in (coders.keys, coders.values):
+        coder.groups(skeleton.heads[2])
+
+
+def plan_rotations(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> PlannedRotations:
+    """What the recipe's rotation leaves to run time. ModelError, WeightError where this model cannot be rotated so."""
+    rotation, table = recipe.rotation, skeleton.architecture
+    if rotation is None:
+        return PlannedRotations()
+    rotation.check(skeleton)
+    if rotation.online_keys(skeleton) is not None:
+        raise RecipeError(
+            f"recipe {recipe.name!r} rotates queries and keys for a quantized cache, which this version's caches do not do "
+            "yet: take `keys` out of `online`"
+        )
+    size = 0
+    if rotation.unties and table is not None and skeleton.stored_name(f"{table.head}.weight", files) not in files:
+        size = files.nbytes(skeleton.stored_name(f"{table.embeddings[0]}.weight", files))
+    return PlannedRotations(rotation.online_inputs(skeleton), rotation.online_keys(skeleton), size)
+
+
+def plan_tables(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightFormat]:
+    """Path of every table of embeddings that is quantized -> its format, scales in float32.
+
+    RecipeError where the model has none that can be; WeightError where groups do not divide its rows.
+    """
+    format = recipe.scheme.embeddings
+    if format is None:
+        return {}
+    tables = {path: module for path, module in outer_modules(skeleton) if type(module) is nn.Embedding}
+    if not tables:
+        raise RecipeError(
+            f"{skeleton.config.model_type} has no plain tables of embeddings outside its blocks: take `embeddings` out of "
+            "the recipe's scheme"
+        )
+    format = format.model_copy(update={"scale": FloatScale(dtype="float32")})
+    for path, module in tables.items():
+        try:
+            scales_shape(module.num_embeddings, module.embedding_dim, format.granularity)
+        except WeightError as cause:
+            raise WeightError(f"{path}: {cause}") from cause
+    return dict.fromkeys(tables, format)
 
 
 def check_formats(
@@ -112,6 +168,11 @@ def check_formats(
         raise WeightError(f"{path}: {cause}") from cause
     if reason := LAYOUT.refusal(stored_format(format, *shape), *shape):
         raise FormatError(f"{path}: {reason}")
+    if isinstance(format.scale, IntegerScale) and activations is None:
+        raise FormatError(
+            f"{path}: integer scales are for integer products, and its input stays in 16 bit: choose `scale: {{kind: "
+            "float}`, or quantize the input (`activations: {bits: 8}`)"
+        )
     if activations is not None and activations.group_size is not None and shape[1] % activations.group_size:
         raise WeightError(
             f"{path}: activation groups of {activations.group_size} do not divide its {shape[1]} inputs: choose a divisor"
@@ -132,15 +193,30 @@ def packed_bytes(out: int, columns: int, format: WeightFormat) -> int:
     """Bytes of the stored codes, scales and zero points."""
     rows, groups = scales_shape(out, columns, stored_format(format, out, columns).granularity)
     scale = 4 if isinstance(format.scale, FloatScale) and format.scale.dtype == "float32" else 2
+    certificate = 8 * rows if isinstance(format.scale, IntegerScale) else 0
     zeros = 0 if format.symmetric else 4 * ceil(rows * format.bits / 32) * groups
-    return 4 * out * ceil(columns * format.bits / 32) + scale * rows * groups + zeros + 16
+    return 4 * out * ceil(columns * format.bits / 32) + scale * rows * groups + zeros + certificate + 16
 
 
-def layout_name(skeleton: Skeleton, modules: Iterable[ModulePlan]) -> str:
-    """compressed-tensors wherever its readers find the modules (no Conv1D) and run their formats (no outlier split)."""
+def layout_name(
+    skeleton: Skeleton,
+    modules: Iterable[ModulePlan],
+    rotations: PlannedRotations = PlannedRotations(),
+    cache: CacheFormat | None = None,
+    tables: Mapping[str, WeightFormat] | None = None,
+) -> str:
+    """compressed-tensors wherever its readers find the modules (no Conv1D) and run all that they need.
+
+    They know no outlier split, no clipped range, no integer scales, no rotation at run time, no past-only cache and no
+    quantized tables of embeddings.
+    """
+    modules = tuple(modules)
     transposed = any(isinstance(module, TransposedLinear) for module in skeleton.model.modules())
-    split = any(module.activations is not None and module.activations.outliers is not None for module in modules)
-    return "halfbyte" if transposed or split else LAYOUT.name
+    inputs = [module.activations for module in modules if module.activations is not None]
+    beyond = any(each.outliers is not None or each.clip < 1 for each in inputs)
+    integers = any(module.format is not None and isinstance(module.format.scale, IntegerScale) for module in modules)
+    online = bool(rotations.inputs or tables) or rotations.keys is not None or cache is not None
+    return LAYOUT.name if transposed or beyond or integers or online else "compressed-tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +232,7 @@ class Workload:
     on_host: bool
     base: int  # bytes that the process holds once the model's skeleton is built
     outer: int  # bytes of the tensors outside the blocks, which are written last
+    rotated: bool = False  # every block is float64 while it is rotated
 
 
 def peak_memory(skeleton: Skeleton, plan: tuple[ModulePlan, ...], work: Workload) -> tuple[int, int]:
@@ -167,7 +244,7 @@ def peak_memory(skeleton: Skeleton, plan: tuple[ModulePlan, ...], work: Workload
     elements = max(sum(m.shape[0] * m.shape[1] for m in block) for block in blocks.values())
     widest = max(m.shape[1] for m in plan)
     largest = max(m.shape[0] * m.shape[1] for m in plan)
-    weights = elements * work.itemsize
+    weights = elements * (work.itemsize + 8 * work.rotated)
     streams = work.streams * work.samples * work.length * work.hidden * work.itemsize
     inputs = {(module.path.rpartition(".")[0], module.shape[1]) for module in next(iter(blocks.values()))}
     grams = sum(4 * width * width for _, width in inputs) * work.streams
@@ -199,11 +276,12 @@ def estimate_seconds(plan: tuple[ModulePlan, ...], work: Workload, flops: float,
 
 
 def ignored_paths(skeleton: Skeleton, plan: Iterable[ModulePlan]) -> list[str]:
-    """Every linear and router that stays as it is, by the names that checkpoints use."""
+    """Every linear and router that stays as it is, by the names that checkpoints use, a head also by the model's own."""
     quantized = {module.path for module in plan if module.format is not None}
-    stays = {
-        skeleton.disk_path(path)
+    stays = [
+        path
         for path, module in skeleton.model.named_modules()
         if (isinstance(module, nn.Linear) and path not in quantized) or is_router(module)
-    }
-    return sorted(stays)
+    ]
+    outside = {path for path in stays if not path.startswith(skeleton.blocks_name + ".")}
+    return sorted({skeleton.disk_path(path) for path in stays} | outside)

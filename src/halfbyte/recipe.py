@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from halfbyte import scheme
 from halfbyte.errors import RecipeError
 from halfbyte.methods import METHODS
-from halfbyte.methods.contract import Refinement, Rounding, Transform
+from halfbyte.methods.contract import CacheSmoothing, Refinement, Rotation, Rounding, Transform
 from halfbyte.scheme import ActivationFormat, Scheme, Value, WeightFormat
 
 Step = Annotated[reduce(or_, METHODS.values()), Field(discriminator="method")]
@@ -53,16 +53,25 @@ class Recipe(Value):
     @model_validator(mode="after")
     def _steps_fit_the_scheme(self) -> "Recipe":
         if self.scheme.weights is not None:
-            order = [
-                0 if isinstance(step, Transform) else 1 if isinstance(step, Rounding) else 2 for step in self.steps
-            ]
-            if order.count(1) != 1:
+            verbs = (Rotation, Transform, Rounding, Refinement, CacheSmoothing)
+            order = [next(place for place, verb in enumerate(verbs) if isinstance(step, verb)) for step in self.steps]
+            if order.count(verbs.index(Rounding)) != 1:
                 raise ValueError("exactly one step must round the weights: rtn or gptq")
-            if order != sorted(order):
+            if order != sorted(order) or order.count(verbs.index(Rotation)) > 1:
                 raise ValueError(
-                    "steps go in this order: transforms such as awq, one rounding, refinements such as lkd"
+                    "steps go in this order: one rotation such as quarot, transforms such as awq, one rounding, "
+                    "refinements such as lkd, and wkv for the cache"
                 )
+        elif others := [step.method for step in self.steps if not isinstance(step, CacheSmoothing)]:
+            raise ValueError(f"without `scheme.weights` there is nothing to do for {', '.join(others)}: give the format")
+        smoothing = [step.method for step in self.steps if isinstance(step, CacheSmoothing)]
+        if len(smoothing) > 1 or (smoothing and self.scheme.cache is None):
+            raise ValueError(f"{smoothing[0]} smooths one quantized cache: give `scheme.cache`, and the step once")
         return self
+
+    @property
+    def rotation(self) -> Rotation | None:
+        return next((step for step in self.steps if isinstance(step, Rotation)), None)
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
@@ -70,7 +79,12 @@ class Recipe(Value):
 
     @property
     def rounding(self) -> Rounding:
-        return next(step for step in self.steps if isinstance(step, Rounding))
+        # weights that stay as they are ask as little of calibration as those that are rounded to nearest
+        return next((step for step in self.steps if isinstance(step, Rounding)), METHODS["rtn"]())
+
+    @property
+    def smoothing(self) -> CacheSmoothing | None:
+        return next((step for step in self.steps if isinstance(step, CacheSmoothing)), None)
 
     @property
     def refinements(self) -> tuple[Refinement, ...]:
@@ -79,7 +93,8 @@ class Recipe(Value):
     @property
     def needs_data(self) -> bool:
         """Whether any step looks at activations, or a format needs something that only they can tell."""
-        return bool(self.transforms or self.refinements) or self.rounding.needs_data or self.needs_ranges
+        looking = bool(self.transforms or self.refinements or self.smoothing)
+        return looking or self.rounding.needs_data or self.needs_ranges
 
     @property
     def needs_ranges(self) -> bool:

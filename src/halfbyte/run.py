@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte.calibration.data import Calibration, calibration_tokens
+from halfbyte.calibration.online import rotate_inputs
 from halfbyte.calibration.walk import Stream, enter
 from halfbyte.errors import CalibrationError
+from halfbyte.layouts.embeddings import write_embedding
 from halfbyte.machine import measured_flops, pick_device, pick_dtype, resident_memory
 from halfbyte.models.load import (
     Skeleton,
@@ -21,7 +23,18 @@ from halfbyte.models.load import (
     release,
     skeleton,
 )
-from halfbyte.plan import Plan, Workload, estimate_seconds, layout_name, peak_memory, plan_modules
+from halfbyte.numerics.grid import fit
+from halfbyte.numerics.quantized import QuantizedWeight, round_to_grid
+from halfbyte.plan import (
+    Plan,
+    Workload,
+    estimate_seconds,
+    layout_name,
+    peak_memory,
+    plan_modules,
+    plan_rotations,
+    plan_tables,
+)
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.load import load_model, load_tokenizer
 
@@ -50,6 +63,9 @@ class Run:
         self.files = WeightFiles(folder)
         self.skeleton: Skeleton = skeleton(folder, trust_remote_code=trust_remote_code, refuse_quantized=True)
         self.modules = plan_modules(self.skeleton, self.files, self.recipe)
+        self.rotations = plan_rotations(self.skeleton, self.files, self.recipe)
+        rotate_inputs(self.skeleton.model, self.rotations.inputs)
+        self.tables = plan_tables(self.skeleton, self.recipe)
         self.stored_dtype = self.files.dtype(self.skeleton.stored_name(f"{self.modules[0].path}.weight", self.files))
         self.dtype = pick_dtype(dtype, self.device, self.stored_dtype)
         self.observed = self.recipe.needs_data or calibration is not None
@@ -71,13 +87,21 @@ class Run:
             on_host=self.device.type == "cpu",
             base=self.base_memory,
             outer=sum(self.files.nbytes(name) for name in self.files)
-            - sum(module.bytes_before for module in self.modules),
+            - sum(module.bytes_before for module in self.modules)
+            + self.rotations.untied,
+            rotated=self.recipe.rotation is not None,
         )
         before = sum(self.files.nbytes(name) for name in self.files)
-        after = before + sum(module.bytes_after - module.bytes_before for module in self.modules)
+        after = (
+            before + sum(module.bytes_after - module.bytes_before for module in self.modules) + self.rotations.untied
+        )
         host, device = peak_memory(self.skeleton, self.modules, work)
         seconds = estimate_seconds(self.modules, work, measured_flops(self.device), self.recipe) if with_time else None
-        return Plan(self.modules, layout_name(self.skeleton, self.modules), before, after, host, device, seconds)
+        for path in self.tables:
+            module = self.skeleton.model.get_submodule(path)
+            after -= (self.stored_dtype.itemsize - 1) * module.weight.numel() - 4 * module.num_embeddings
+        layout = layout_name(self.skeleton, self.modules, self.rotations, self.recipe.scheme.cache, self.tables)
+        return Plan(self.modules, layout, before, after, host, device, seconds, self.rotations, self.tables)
 
     @property
     def samples_per_pass(self) -> int:
@@ -113,6 +137,10 @@ class Run:
             return None, None
         self.read_block(0)
         materialize_outer(self.skeleton, self.files, self.device, self.dtype)
+        for path, value in self.outside().items():
+            module, _, key = path.rpartition(".")
+            turned = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
+            self.skeleton.model.get_submodule(module)._parameters[key] = turned
         home = self.home(calibration)
         batches = calibration.batches(self.samples_per_pass)
         stream = enter(self.skeleton.model, list(self.skeleton.blocks), batches, self.device, home)
@@ -130,9 +158,49 @@ class Run:
         return self.device if 4 * size < torch.cuda.mem_get_info(self.device)[1] else torch.device("cpu")
 
     def read_block(self, index: int) -> nn.Module:
-        """Block `index` with its weights."""
-        block = self.skeleton.blocks[index]
-        prefix = f"{self.skeleton.blocks_name}.{index}"
-        materialize(self.skeleton, self.files, list(block.named_modules(prefix=prefix)), self.device, self.dtype)
+        """Block `index` with its weights, in the coordinates of the recipe; as it is, where it was read and not released."""
+        block, rotation = self.skeleton.blocks[index], self.recipe.rotation
+        if not any(parameter.is_meta for parameter in block.parameters()):
+            return block
+        modules = list(block.named_modules(prefix=f"{self.skeleton.blocks_name}.{index}"))
+        materialize(self.skeleton, self.files, modules, self.device, torch.float64 if rotation else self.dtype)
         self.files.close()
+        if rotation is not None:
+            rotation.rotate_block(self.skeleton, block)
+            for tensor in (*block.parameters(), *block.buffers()):
+                if tensor.dtype == torch.float64:
+                    tensor.data = tensor.data.to(self.dtype)
         return block
+
+    def outside(self) -> dict[str, Tensor]:
+        """What the recipe changes outside the blocks: path of a parameter -> the value that the model computes with."""
+        rotated = self._rotated()
+        return rotated | {f"{path}.weight": table.decode() for path, table in self._rounded(rotated).items()}
+
+    def outside_as_stored(self) -> dict[str, Tensor]:
+        """The same as tensors of the checkpoint: tables in 8 bits as codes and scales."""
+        stored = self._rotated()
+        for path, table in self._rounded(stored).items():
+            stored |= {f"{path}.{name}": tensor for name, tensor in write_embedding(table).items()}
+        return stored
+
+    def _rotated(self) -> dict[str, Tensor]:
+        if self.recipe.rotation is None:
+            return {}
+        return self.recipe.rotation.rotate_outside(self.skeleton, self._read_outside)
+
+    def _rounded(self, rotated: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
+        """Tables of embeddings, each row to its nearest codes."""
+        rounded = {}
+        for path, format in self.tables.items():
+            name = f"{path}.weight"
+            weight = (rotated[name] if name in rotated else self._read_outside(name)).float()
+            rounded[path] = round_to_grid(weight, fit(weight, format), format)
+        return rounded
+
+    def _read_outside(self, path: str) -> Tensor:
+        tied = dict(getattr(self.skeleton.model, "all_tied_weights_keys", None) or {})
+        name = self.skeleton.stored_name(path, self.files)
+        if name not in self.files and path in tied:
+            name = self.skeleton.stored_name(tied[path], self.files)
+        return self.files.read(name).to(self.device)

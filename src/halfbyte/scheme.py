@@ -76,7 +76,34 @@ class IntegerScale(Value):
     """Scales are S/amplifier with integer S >= 1 (Integer Scale, arXiv 2405.14597, section 4)."""
 
     kind: Literal["integer"] = "integer"
-    amplifier: int = Field(default=1024, ge=1)
+    amplifier: Annotated[int, Field(ge=1, le=2**24)] | Literal["heuristic", "layer", "row"] = 1024
+    """A number, the paper's heuristic for each layer, or the largest power of two that the overflow certificate allows,
+    for each layer or for each row."""
+    plug_in: bool = False
+    """Keep the codes that were found for float scales and round the scales afterwards, as the paper does; otherwise
+    codes are found for the integer scales."""
+    overflow: Literal["error", "shrink"] = "error"
+    """What to do with rows that fail the certificate under a given amplifier: stop, or halve their amplifier."""
+    dtype: Literal["auto", "uint8"] = "auto"
+    """auto: uint8 where a weight's scales fit, else int16. uint8: they must fit, and bfloat16 then holds S/amplifier."""
+    product: Literal["int32", "int8"] = "int32"
+    """int8: S times a code (less its zero point) stays within ±127, so that a kernel may multiply while it unpacks, and
+    groups vanish from its sums: the two levels of DGQ and QoQ. With `amplifier: row`, which is no power of two then."""
+
+    @model_validator(mode="after")
+    def _products_of_a_byte_go_by_rows(self) -> "IntegerScale":
+        if self.product == "int8" and self.amplifier != "row":
+            raise ValueError(f"product: int8 goes with amplifier: row, not {self.amplifier}")
+        return self
+
+    @property
+    def largest(self) -> int:
+        """The largest S that can be stored."""
+        return 2**8 - 1 if self.dtype == "uint8" else 2**15 - 1
+
+    def __str__(self) -> str:
+        divided = f"S/{self.amplifier}" if isinstance(self.amplifier, int) else f"S/α by {self.amplifier}"
+        return divided + (" in int8" if self.product == "int8" else "")
 
 
 Scale = Annotated[FloatScale | IntegerScale, Field(discriminator="kind")]
@@ -96,6 +123,12 @@ class WeightFormat(Value):
     def _bytes_hold_eight_bits(self) -> "WeightFormat":
         if self.stored == "bytes" and self.bits != 8:
             raise ValueError(f"stored: bytes is for 8 bits, not {self.bits}: leave it at words")
+        return self
+
+    @model_validator(mode="after")
+    def _integer_scales_belong_to_rows(self) -> "WeightFormat":
+        if isinstance(self.scale, IntegerScale) and not isinstance(self.granularity, PerChannel | PerGroup):
+            raise ValueError(f"integer scales are per group or channel, not per {self.granularity.kind}")
         return self
 
     @property
@@ -145,7 +178,7 @@ class WeightFormat(Value):
                 where = f"{count} groups"
             case other:
                 where = f"per {other.kind}"
-        scale = f" S/{self.scale.amplifier}" if isinstance(self.scale, IntegerScale) else ""
+        scale = f" {self.scale}" if isinstance(self.scale, IntegerScale) else ""
         return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {where}{scale}"
 
 
@@ -168,6 +201,8 @@ class ActivationFormat(Value):
     granularity: Literal["token", "tensor", "group"] = "token"
     group_size: int | None = Field(default=None, ge=1)
     dynamic: bool = True
+    clip: float = Field(default=1.0, gt=0, le=1)
+    """The part of the range that the grid covers; what lies beyond takes its last code (QuaRot's clipping ratio)."""
     outliers: OutlierSplit | None = None
 
     @property
@@ -189,7 +224,8 @@ class ActivationFormat(Value):
         where = {"token": "per token", "tensor": "per tensor", "group": f"g{self.group_size}"}[self.granularity]
         kind = "" if self.symmetric else " asym"
         split = f" split at {self.outliers.threshold:g}" if self.outliers else ""
-        return f"a{self.bits}{kind} {where}{'' if self.dynamic else ' static'}{split}"
+        clip = f" clip {self.clip:g}" if self.clip < 1 else ""
+        return f"a{self.bits}{kind} {where}{'' if self.dynamic else ' static'}{clip}{split}"
 
     @model_validator(mode="after")
     def _group_size_belongs_to_groups(self) -> "ActivationFormat":
@@ -201,7 +237,23 @@ class ActivationFormat(Value):
             raise ValueError("activations in groups have dynamic symmetric scales: set dynamic and symmetric to true")
         if self.outliers is not None and (self.granularity != "token" or self.bits != 8):
             raise ValueError("outliers are split from 8-bit activations with granularity: token")
+        if self.outliers is not None and self.clip < 1:
+            raise ValueError("what outliers leave is not clipped: set clip: 1")
         return self
+
+
+class OnlineHadamard(Value):
+    """A rotation that a model needs at run time: what enters a linear, or a head's keys, times a Hadamard matrix."""
+
+    size: int = Field(ge=1)
+    """Neighbouring coordinates that are rotated together: all of a linear's inputs, or one head's."""
+    seed: int | None = None
+    """Of random signs before it; None: no signs."""
+    fallback: bool = False
+    """Where no Hadamard matrix of this order is known, the odd factor's place is taken by a random orthogonal one."""
+
+    def __str__(self) -> str:
+        return f"h{self.size}{'' if self.seed is None else f' signs {self.seed}'}"
 
 
 class CacheFormat(Value):
@@ -214,6 +266,22 @@ class CacheFormat(Value):
     past_only: bool = True
     sinks: int = Field(default=0, ge=0)  # first tokens kept exact
     window: int = Field(default=0, ge=0)  # most recent tokens kept exact
+    keys: Literal["token", "channel"] = "token"
+    """Keys share a grid over groups of a token's channels, or channel by channel over `block` tokens (KIVI)."""
+    block: int = Field(default=32, ge=2)  # of keys per channel
+    rope: Literal["after", "before"] = "after"
+    """Keys are stored as rotated, or as they were before; then the whole past is rotated anew at every step."""
+    edge_layers: int = Field(default=0, ge=0)  # so many of the first layers, and of the last, have `edge_bits`
+    edge_bits: int = Field(default=8, ge=2, le=8)
+
+    def __str__(self) -> str:
+        keys = f"k{self.key_bits}{f' per channel of {self.block} tokens' if self.keys == 'channel' else ''}"
+        parts = [f"{keys} v{self.value_bits} {'sym' if self.symmetric else 'asym'} g{self.group_size}"]
+        parts += [f"{self.sinks} sinks"] if self.sinks else []
+        parts += [f"window {self.window}"] if self.window else []
+        parts += [f"k{self.edge_bits} v{self.edge_bits} in {self.edge_layers} edge layers"] if self.edge_layers else []
+        parts += ["before RoPE"] if self.rope == "before" else []
+        return ", ".join(parts + ([] if self.past_only else ["current token too"]))
 
 
 class Scheme(Value):
@@ -222,3 +290,20 @@ class Scheme(Value):
     weights: WeightFormat | None = WeightFormat()
     activations: ActivationFormat | None = None
     cache: CacheFormat | None = None
+    embeddings: WeightFormat | None = None
+    """Of the tables outside the blocks: 8 bits in bytes, a symmetric scale for each row, or for groups of it."""
+
+    @model_validator(mode="after")
+    def _tables_are_bytes(self) -> "Scheme":
+        table = self.embeddings
+        if table is not None and not (
+            table.stored == "bytes"
+            and table.symmetric
+            and table.scale.kind == "float"
+            and table.granularity.kind in ("channel", "group")
+        ):
+            raise ValueError(
+                f"embeddings are {table}, and tables are int8 with symmetric scales per row or group: choose `bits: 8`, "
+                "`stored: bytes`, a symmetric convention, and granularity channel or group"
+            )
+        return self

@@ -102,6 +102,21 @@ def test_experts_have_no_drift_since_routers_may_disagree():
     assert seen["self_attn.q_proj"].drift is not None
 
 
+@pytest.mark.parametrize("chosen", [True, False], ids=["quantized-sees-all", "float-sees-all"])
+def test_an_expert_that_one_of_the_routers_gives_every_token_has_no_drift(chosen):
+    """As many tokens as there are do not make it a linear that sees all of them in both models."""
+    _, blocks, stream, _ = entered("mixtral")
+    favoured = copy.deepcopy(blocks[0])
+    favoured.mlp.gate.weight.data.zero_()  # ties: every token goes to the same experts
+    one, other = (favoured, blocks[0]) if chosen else (blocks[0], favoured)
+    shared = shared_inputs(one, stream, 0)
+    seen = observe(one, stream, 0, shared, (other, stream.copy()))
+    assert all(
+        seen[f"mlp.experts.{e}.gate_proj"].drift is None for e in range(5) if f"mlp.experts.{e}.gate_proj" in seen
+    )
+    assert seen["self_attn.q_proj"].drift is not None
+
+
 def test_the_blocks_are_themselves_again_after_the_stand_ins():
     model, blocks, _, _ = entered("llama")
     assert all("forward" not in vars(block) for block in blocks)

@@ -120,7 +120,7 @@ def test_json_has_exactly_the_promised_keys():
     told = json.loads(json.dumps(found.to_json()))
     assert set(told) == {
         "perplexity", "accuracy", "task", "tokens", "predicted", "window", "kl_mean", "kl_p99", "top1_agreement", "model",
-        "recipe", "against", "bos", "seed", "dtype", "seconds",
+        "recipe", "against", "kv_cache", "bos", "seed", "dtype", "seconds",
     }  # fmt: skip
     assert (told["kl_mean"], told["kl_p99"], told["top1_agreement"], told["against"]) == (None, None, None, None)
     assert (told["task"], told["predicted"], told["seed"]) == ("next", 39, None)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import triton.experimental
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GLUON = "triton.experimental.gluon"
@@ -38,13 +38,12 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.cells, self.dtype, self.at, (*self.views, lambda value: tl.permute(value, order)))
 
-    def slice(self, start: int, length: int, dim: int) -> "Shared":
+    def slice(self, start: Any, length: Any, dim: Any) -> "Shared":
+        start, length = whole(start), whole(length)
+
         def part(value: Any) -> Any:
-            *leading, last = value.shape
-            assert dim == len(leading)
-            pieces = tl.reshape(value, (*leading, last // length, length))
-            chosen = tl.arange(0, last // length)[:, None] == start // length
-            return tl.sum(tl.where(chosen, pieces, 0.0).to(tl.float32), len(leading)).to(value.dtype)
+            data = value.handle.data.take(range(start, start + length), whole(dim))
+            return tl.tensor(TensorHandle(data, value.handle.dtype), tl.block_type(value.dtype, list(data.shape)))
 
         return Shared(self.cells, self.dtype, self.at, (*self.views, part))
 
@@ -139,6 +138,10 @@ def module_of(**members: Any) -> ModuleType:
     return module
 
 
+# a Gluon tensor's type has one, and a kernel may ask for it
+tl.block_type.layout = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def stand_ins() -> dict[str, ModuleType]:
     """The modules that our kernels import, by name."""
     language = Language("gl")
@@ -170,13 +173,16 @@ def stand_ins() -> dict[str, ModuleType]:
     )
 
     # the interpreter multiplies bfloat16 by its bits
-    def multiply(a: Any, b: Any, sums: Any, is_async: bool = False) -> Any:
+    def multiply(a: Any, b: Any, sums: Any, use_acc: bool = True, is_async: bool = False) -> Any:
         b = b.load() if isinstance(b, Shared) else b
+        if a.dtype == tl.int8:
+            product = tl.dot(a, b, out_dtype=tl.int32)
+            return sums + product if use_acc else product
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
 
     hopper = module_of(
         fence_async_shared=lambda: None, mbarrier=mbarrier, tma=tma, warpgroup_mma=multiply,
-        warpgroup_mma_wait=lambda _pending, deps: deps[0],
+        warpgroup_mma_wait=lambda _pending, deps: deps[0] if len(deps) == 1 else deps,
     )  # fmt: skip
     return {
         GLUON: module_of(jit=jit, language=language),

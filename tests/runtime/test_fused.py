@@ -16,6 +16,7 @@ from halfbyte.numerics.quantized import QuantizedModule, round_to_grid
 from halfbyte.runtime import fused_layers
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.integer_linear import IntegerLinear
+from halfbyte.runtime.linear import QuantizedLinear
 from halfbyte.scheme import ActivationFormat, Convention, FloatScale, OutlierSplit, PerChannel, PerGroup, WeightFormat
 from tiny_models import tiny, tokens
 
@@ -69,6 +70,18 @@ def quantized(
     return model
 
 
+def weight_only(variant: str, format: WeightFormat, dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny model of which the weights alone are quantized."""
+    model_type, changes = VARIANTS[variant]
+    model = tiny(model_type, dtype, **changes)
+    for path, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and ".layer" in path:
+            weight = linear.weight.float()
+            rounded = round_to_grid(weight, fit(weight, format), format)
+            model.set_submodule(path, QuantizedLinear.from_weight(rounded, linear.bias).prepare(dtype))
+    return model
+
+
 def fused(model: Any) -> Any:
     twin = copy.deepcopy(model)
     assert fuse(twin) == 2
@@ -85,6 +98,17 @@ def answers(model: Any, **inputs: Any) -> Tensor:
 def test_a_fused_model_answers_as_before(variant, activations):
     model = quantized(variant, activations)
     assert relative_error(answers(fused(model)), answers(model)) <= ROUNDING
+
+
+@pytest.mark.parametrize("convention", [Convention.GPTQ, Convention.ASYMMETRIC])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_where_weights_alone_are_quantized_the_products_are_joined(variant, convention):
+    format = WeightFormat(convention=convention, granularity=PerGroup(size=8), scale=FloatScale(dtype="float32"))
+    model = weight_only(variant, format)
+    twin = fused(model)
+    assert relative_error(answers(twin), answers(model)) <= 1e-6
+    before, after = (sum(isinstance(part, QuantizedLinear) for part in each.modules()) for each in (model, twin))
+    assert after < before or "neox" in variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -287,7 +311,7 @@ def test_an_unprepared_linear_is_named():
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (lambda: tiny("llama"), "no layer of this LlamaForCausalLM has quantized inputs"),
+        (lambda: tiny("llama"), "no layer of this LlamaForCausalLM is quantized"),
         (lambda: tiny("opt"), r"OPTForCausalLM has no layer left .* LlamaDecoderLayer, "),
         (lambda: fused(quantized("bert")), "BertForMaskedLM has no layer left"),
     ],

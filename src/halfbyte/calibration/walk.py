@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.numerics.activations import InputQuantizer, simulate
+from halfbyte.numerics.slopes import simulate_through, straight_through
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments without its hidden states
 SharedInput = tuple[str, ...]  # names of the linears of a block that read one and the same tensor
@@ -40,8 +41,14 @@ class Stream:
 
     def run(self, block: Callable[..., Any], index: int, batch: int) -> Float[Tensor, "samples length hidden"]:
         """The output of a block that stands at place `index`, for one batch."""
+        return self.call(block, index, batch, self.hidden[batch].to(self.device))
+
+    def call(
+        self, block: Callable[..., Any], index: int, batch: int, hidden: Float[Tensor, "samples length hidden"]
+    ) -> Float[Tensor, "samples length hidden"]:
+        """Likewise for other hidden states of the same batch, on the device."""
         args, kwargs = self.calls[batch][index]
-        return self.unwrap(block(self.hidden[batch].to(self.device), *args, **kwargs))
+        return self.unwrap(block(hidden, *args, **kwargs))
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Step over the block as it now is. Edits in place, so that the calibration set is held once."""
@@ -155,8 +162,13 @@ def watching(modules: Mapping[str, nn.Module], notice: Callable[[str, Tensor], N
 
 
 @contextmanager
-def quantizing_inputs(block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> Iterator[None]:
-    """Let these linears compute with quantized inputs, for as long as the block lasts."""
+def quantizing_inputs(
+    block: nn.Module, inputs: Mapping[str, InputQuantizer], *, grid_slopes: bool = False
+) -> Iterator[None]:
+    """Let these linears compute with quantized inputs, for as long as the block lasts.
+
+    Gradients pass straight through the rounding; with `grid_slopes` they reach the scales of the tokens too.
+    """
     with ExitStack() as stack:
         for name, quantizer in inputs.items():
 
@@ -164,10 +176,11 @@ def quantizing_inputs(block: nn.Module, inputs: Mapping[str, InputQuantizer]) ->
                 _module: nn.Module, args: tuple[Any, ...], quantizer: InputQuantizer = quantizer
             ) -> tuple[Any, ...]:
                 inputs = args[0]
-                seen = simulate(inputs.detach(), quantizer)
-                if torch.is_grad_enabled() and inputs.requires_grad:
-                    seen = inputs + (seen - inputs).detach()  # rounding has no slope: gradients pass straight through
-                return seen, *args[1:]
+                if not (torch.is_grad_enabled() and inputs.requires_grad):
+                    return simulate(inputs.detach(), quantizer), *args[1:]
+                if grid_slopes:
+                    return simulate_through(inputs, quantizer), *args[1:]
+                return straight_through(simulate(inputs.detach(), quantizer), inputs), *args[1:]
 
             stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
         yield
@@ -226,9 +239,10 @@ def observe(
             seen[name] = InputStatistics.empty(
                 flat.shape[1], flat.device, drift=reference is not None, magnitudes=magnitudes
             )
-        if len(flat) != tokens:
+        counterpart = float_inputs.get(name)
+        if len(flat) != tokens or counterpart is None or len(counterpart) != tokens:
             seen[name].drift = None
-        seen[name].absorb(flat, float_inputs.get(name))
+        seen[name].absorb(flat, counterpart)
         if name == last:
             raise _NothingMoreToSee
 

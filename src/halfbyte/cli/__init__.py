@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from halfbyte.cli.bench import bench
 from halfbyte.cli.demo import demo
 from halfbyte.cli.evaluate import evaluate
 from halfbyte.cli.folders import export, inspect
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (quantize, evaluate, generate, inspect, export, recipes, demo):
+for command in (quantize, evaluate, generate, bench, inspect, export, recipes, demo):
     app.command(command.__name__)(plainly(command))
 
 

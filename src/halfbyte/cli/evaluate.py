@@ -34,6 +34,23 @@ def evaluate(
         str | None,
         typer.Option(metavar="ORIGINAL", help="The model as it was: measure the drift from it."),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            metavar="FORMAT",
+            help="Let every token see its past as a quantized cache shows it: int4, int8-g64, k8v4-w64, kivi, ...; "
+            "float for none, and nothing for what the checkpoint says.",
+        ),
+    ] = None,
+    long_context: Annotated[
+        bool,
+        typer.Option(
+            "--long-context",
+            help="Also repeat passages at growing distances: the loss on the second copy, and the head that the cache "
+            "hurts most.",
+        ),
+    ] = False,
     window: Annotated[
         int | None,
         typer.Option(
@@ -64,29 +81,46 @@ def evaluate(
     halfbyte evaluate model-w4 --text held-out.txt
     halfbyte evaluate model-w4 --against org/model --text held-out.txt
     halfbyte evaluate org/model -r rtn-w4a16 --against org/model --text held-out.txt
+    halfbyte evaluate org/model --kv-cache int4 --text held-out.txt --long-context
     halfbyte evaluate bert-w8a8 --against org/bert --text held-out.txt
     """
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     import torch
 
     from halfbyte.cli import tables
+    from halfbyte.evaluation.long_context import long_context as measure_far
     from halfbyte.evaluation.perplexity import evaluate as run
+    from halfbyte.runtime.load import opened
 
     hush_transformers()
+    computed = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
     with progress() as step:
         measured = run(
             model,
             recipe=recipe,
             against=against,
+            kv_cache=kv_cache,
             text=text,
             window=window,
             limit_windows=limit_windows,
             device=device.value,
-            dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
+            dtype=computed,
             bos=bos,
             seed=seed,
             progress=lambda done, total: step(done, total, f"window {done} of {total}"),
         )
+    far = None
+    if long_context:
+        pair = opened(model, recipe=recipe, device=device.value, dtype=computed)
+        with progress() as step:
+            far = measure_far(
+                pair,
+                text=text,
+                kv_cache=kv_cache,
+                progress=lambda done, total: step(done, total, f"sequence {done} of {total}"),
+            )
     if json is not None:
-        write_json(measured.to_json(), json)
+        write_json(measured.to_json() | ({} if far is None else {"long_context": far.to_json()}), json)
     console_beside(json).print(tables.evaluation(measured))
+    if far is not None:
+        console_beside(json).print(tables.second_copies(far))

@@ -21,6 +21,15 @@ def generate(
             "--recipe", "-r", metavar="NAME|FILE", help="Quantize while loading, by a recipe that needs no data."
         ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            metavar="FORMAT",
+            help="Keep past keys and values in a quantized cache: int4, int8-g64, k8v4-w64, kivi, ...; float for none, "
+            "and nothing for what the checkpoint says.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
     sample: Annotated[
         bool,
@@ -39,6 +48,7 @@ def generate(
     halfbyte generate model-w4 --prompt "The capital of France is"
     halfbyte generate model-w4 --prompt "Once upon a time" --sample --seed 1
     halfbyte generate org/model -r rtn-w4a16 --prompt "Once upon a time"
+    halfbyte generate org/model --kv-cache int4 --prompt "Once upon a time"
     """
     # PyTorch and transformers take seconds to import, which the help must not wait for.
     import torch
@@ -53,6 +63,7 @@ def generate(
         sample=sample,
         seed=seed,
         recipe=recipe,
+        kv_cache=kv_cache,
         device=device.value,
         dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
     )

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halfbyte.demonstration import DemoResult
+from halfbyte.evaluation.long_context import LongContext
 from halfbyte.evaluation.perplexity import Evaluation
 from halfbyte.evaluation.report import Report
 from halfbyte.evaluation.summary import grouped, spread
@@ -14,6 +15,7 @@ from halfbyte.evaluation.units import decibels, duration, size
 from halfbyte.layouts.inspect import Inspection
 from halfbyte.plan import Plan
 from halfbyte.recipe import Recipe
+from halfbyte.runtime.bench import Speed
 
 MOST_ROWS = 60  # a longer table is one line for each kind of module
 
@@ -124,7 +126,24 @@ def evaluation(measured: Evaluation) -> Group:
         rows,
         Text(
             f"{measured.tokens} tokens in windows of {measured.window}, {how}, {measured.dtype}, "
-            f"{duration(measured.seconds)}",
+            f"{f'cache {measured.kv_cache}, ' if measured.kv_cache else ''}{duration(measured.seconds)}",
+            style="dim",
+        ),
+    )
+
+
+def second_copies(far: LongContext) -> Group:
+    """The loss on a repeated passage by distance, and the worst head."""
+    rows = table("tokens between the copies", "nats per token", numbers=2)
+    for distance, loss in far.losses.items():
+        rows.add_row(str(distance), f"{loss:.4f}")
+    worst = (
+        "" if far.worst_head is None else f"; worst head {100 * far.worst_head:.1f} % off, in layer {far.worst_layer}"
+    )
+    return Group(
+        rows,
+        Text(
+            f"{far.sequences} passages of {far.passage} tokens; first copy {far.first_copy:.4f} nats per token{worst}",
             style="dim",
         ),
     )
@@ -142,6 +161,8 @@ def inspection(found: Inspection) -> Group:
         f"bits/weight  {found.model_bits_per_weight:.3f}{quantized}",
         f"unquantized  {100 * found.unquantized_share:.1f} % of the parameters",
     ]
+    if found.accumulator is not None:
+        facts.append(f"accumulators certified: no input fills more than {100 * found.accumulator:.2g} % of int32")
     if found.kernels:
         told = ", ".join(f"{name} ({count} modules)" for name, count in found.kernels.items())
         facts.append(f"kernels      {told}")
@@ -174,3 +195,21 @@ def demo(shown: DemoResult) -> Group:
             "–" if row.seconds is None else f"{row.seconds:.1f}",
         )
     return Group(rows, "", Text(shown.caption, style="dim"))
+
+
+def speed(measured: Speed) -> Group:
+    """Prefill and decoding, and what they are bound by."""
+    rows = table("", "tokens/s", "", numbers=2)
+    rows.add_row("prefill", f"{measured.prefill_rate:,.0f}", f"{1e3 * measured.prefill_seconds:.2f} ms")
+    rows.add_row("decode", f"{measured.decode_rate:,.1f}", f"{1e3 * measured.step_seconds:.3f} ms a step")
+    bound = measured.bound_seconds
+    rows.add_row("bound of decoding", f"{measured.batch / bound:,.1f}", f"{1e3 * bound:.3f} ms a step")
+    peak = f", {size(measured.peak_bytes)} at the peak" if measured.peak_bytes else ""
+    facts = [
+        f"{measured.model}, {measured.recipe or 'not quantized here'}, {measured.dtype}, on {measured.device}",
+        f"{measured.batch} × {measured.context} tokens, {measured.new_tokens} new ones",
+        f"memory   weights {size(measured.weight_bytes)}, cache {size(measured.cache_bytes)}{peak}",
+        f"copies   {size(measured.copy_rate)}/s, read and written",
+        *(f"kernel   {name} ({count} linears)" for name, count in measured.kernels.items()),
+    ]
+    return Group(rows, "", *facts)

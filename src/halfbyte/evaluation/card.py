@@ -37,7 +37,7 @@ def card(report: Report, config: Mapping[str, Any], original: str = "") -> str:
         .render(
             report=report,
             name=model_name(report.model),
-            formats=[str(format) for format in formats],
+            formats=[str(format) for format in formats] + _cache(report),
             caveats=sorted({caveat for format in formats if layout and (caveat := layout.caveat(format))}),
             groups=[
                 (
@@ -107,6 +107,12 @@ def _readers(report: Report) -> list[str]:
     everywhere = set().union(*experts.values())
     alike = len(everywhere) <= 1 and not any(name == LEFT_OUT or " asym " in name for name in everywhere)
     return ["vllm", "transformers"] if alike else ["vllm"]
+
+
+def _cache(report: Report) -> list[str]:
+    """What the recipe says of the cache, where it does."""
+    format = Recipe.load(report.recipe).scheme.cache
+    return [] if format is None else [f"cache {format}"]
 
 
 def _formats(report: Report) -> list[WeightFormat]:

@@ -10,6 +10,7 @@ what is measured is what they say of the tokens that are hidden in it (calibrati
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,10 @@ from halfbyte.errors import CalibrationError, ModelError
 from halfbyte.evaluation.drift import concatenate, drift, negative_log_likelihood
 from halfbyte.evaluation.masked import Question, masked_questions, next_token_questions
 from halfbyte.recipe import Recipe
+from halfbyte.runtime.cache_attention import seen_through_cache
+from halfbyte.runtime.cache_plan import CachePlan, chosen_plan
 from halfbyte.runtime.load import AnyRecipe, Pair, opened
+from halfbyte.scheme import CacheFormat
 
 Model = str | Path | Pair
 LONGEST_FILE_NAME = 1024
@@ -49,6 +53,7 @@ class Evaluation:
     model: str
     recipe: str | None  # that the model was quantized by while it was loaded
     against: str | None
+    kv_cache: str | None  # the format that every token saw its past in; None: as computed
     bos: bool
     seed: int | None  # of the places that are hidden; None where none are
     dtype: str
@@ -65,6 +70,7 @@ def evaluate(
     *,
     recipe: AnyRecipe | None = None,
     against: Model | None = None,
+    kv_cache: str | CacheFormat | None = None,
     text: str | Path,
     window: int | None = None,
     limit_windows: int | None = None,
@@ -78,7 +84,9 @@ def evaluate(
 
     A decoder predicts every next token, an encoder those that `seed` hides. Models are folders, hub names, or loaded
     (model, tokenizer) pairs, which are used as they are; `device` and `dtype` are for the others (float32 on the CPU
-    unless given), and with `recipe` the model, not the original, is quantized while it is loaded. `text` is a file, or a
+    unless given), and with `recipe` the model, not the original, is quantized while it is loaded. `kv_cache`: a format
+    by value or name (runtime/cache_plan.py), through which each token of the model sees its past as decoding would show
+    it; "float" for none, None for what the checkpoint says. `text` is a file, or a
     string that names none and is the text itself. `window`: 2048 tokens, or all that an encoder reads at once if they
     are fewer. `progress` is told (windows done, windows in all). CalibrationError where the text or the window does not
     suit the model; ModelError for models that cannot be measured or compared.
@@ -89,6 +97,9 @@ def evaluate(
     if original is not None:
         _check_comparable(candidate, tokenizer, original, other_tokenizer)
     masked = fills_masks(candidate)
+    if masked and kv_cache is not None:
+        raise ModelError(f"{type(candidate).__name__} fills masks and has no cache of a past: leave --kv-cache out")
+    plan = None if masked else chosen_plan(candidate, kv_cache)
     limit = longest_window(candidate.config, tokenizer) if masked else None
     window = window or min(WINDOW, limit or WINDOW)
     configs = [judged.config for judged in (candidate, original) if judged is not None]
@@ -100,7 +111,7 @@ def evaluate(
         check_vocabulary(torch.cat([torch.cat([question.shown, question.answers]) for question in questions]), config)
     losses, hits, drifts = [], [], []
     for done, question in enumerate(questions, start=1):
-        logits = predictions(candidate, question)
+        logits = predictions(candidate, question, plan)
         losses.append(negative_log_likelihood(logits, question.answers))
         hits.append(logits.argmax(dim=1).cpu() == question.answers)
         if not torch.isfinite(losses[-1]).all():
@@ -126,6 +137,7 @@ def evaluate(
         model=_name(model),
         recipe=None if recipe is None else Recipe.load(recipe).name,
         against=None if against is None else _name(against),
+        kv_cache=None if plan is None else str(plan.format),
         bos=bos,
         seed=seed if masked else None,
         dtype=str(candidate.dtype).removeprefix("torch."),
@@ -172,10 +184,11 @@ def text_windows(
     return ids[: count * fresh].view(count, fresh)
 
 
-def predictions(model: Any, question: Question) -> Float[Tensor, "predicted vocabulary"]:
-    """The logits for what is asked."""
+def predictions(model: Any, question: Question, plan: CachePlan | None = None) -> Float[Tensor, "predicted vocabulary"]:
+    """The logits for what is asked. `plan`: the cache through which every token sees its past."""
     cached = {} if fills_masks(model) else {"use_cache": False}
-    return model(input_ids=question.shown[None, :].to(model.device), **cached).logits[0, question.places]
+    with nullcontext() if plan is None else seen_through_cache(model, plan):
+        return model(input_ids=question.shown[None, :].to(model.device), **cached).logits[0, question.places]
 
 
 def _body(text: str | Path) -> tuple[str, bool]:

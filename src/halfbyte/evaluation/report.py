@@ -51,7 +51,7 @@ def completed(report: Report, plan: Plan) -> Report:
     quantized = [module for module in plan if module.format is not None]
     bits = 8 * sum(module.bytes_after for module in quantized)
     weights = sum(module.shape[0] * module.shape[1] for module in quantized)
-    return replace(report, layout=plan.layout, bits_per_weight=bits / weights)
+    return replace(report, layout=plan.layout, bits_per_weight=bits / weights if weights else None)
 
 
 def html(report: Report) -> str:

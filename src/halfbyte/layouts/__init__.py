@@ -13,7 +13,7 @@ from typing import Any
 
 from halfbyte.errors import CheckpointError
 from halfbyte.layouts.awq import Awq
-from halfbyte.layouts.compressed_tensors import CompressedTensors
+from halfbyte.layouts.compressed_tensors import OWN, CompressedTensors
 from halfbyte.layouts.gptq import Gptq
 from halfbyte.layouts.layout import Layout
 
@@ -30,6 +30,8 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     method = str(config.get("quant_method") or "").lower()
     if method == "gptq" and (config.get("checkpoint_format") or config.get("format")) == "gptq_v2":
         method = "gptq_v2"
+    if method == OWN.name:
+        return OWN
     if method not in LAYOUTS:
         raise CheckpointError(
             f"quant_method {method!r} is none of {', '.join(LAYOUTS)}: use the program that wrote the checkpoint, or "

@@ -12,7 +12,8 @@ Tensors of a linear layer [out, in]; per channel there is one group, and one sca
         weight_scale       float  [out, groups]
         weight_zero_point  int8   [out, groups]    the zero point - 128; asymmetric formats only
 
-What a module's input needs lies beside them: layouts/inputs.py.
+What a module's input needs lies beside them: layouts/inputs.py. `OWN` is the same under our own quant_method, which
+also says what no other reader knows, integer scales among it: layouts/integer_scales.py.
 
 The configuration names formats by config groups, each with its targets: a class name, a path, or `re:` and a regular
 expression. Only the keys that every reader knows are written: an unknown one makes compressed-tensors refuse the file.
@@ -22,14 +23,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int8, UInt8
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
-from halfbyte.layouts import inputs
+from halfbyte.layouts import inputs, integer_scales
 from halfbyte.layouts.layout import (
     NONE_QUANTIZED,
     Stored,
@@ -48,10 +49,20 @@ from halfbyte.layouts.layout import (
     whole_zero_points,
 )
 from halfbyte.layouts.targets import patterns
+from halfbyte.numerics.certificate import middle
 from halfbyte.numerics.grid import Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import int32_words
-from halfbyte.scheme import ActivationFormat, Convention, PerChannel, PerGroup, PerTensor, WeightFormat
+from halfbyte.scheme import (
+    ActivationFormat,
+    Convention,
+    FloatScale,
+    IntegerScale,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    WeightFormat,
+)
 
 PACKED, BYTES = "pack-quantized", "int-quantized"
 WORDS = ("weight_packed", "weight_scale", "weight_shape")
@@ -60,21 +71,22 @@ FOLLOWS = "0.20.0"  # the version of compressed-tensors whose format this is
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensors:
-    """The layout; it has no options."""
+    """The layout, under the name that everybody knows, or our own (`OWN`)."""
 
-    name: str = "compressed-tensors"
+    name: Literal["compressed-tensors", "halfbyte"] = "compressed-tensors"
     suffixes: tuple[str, ...] = ("weight_scale", "weight_packed", "weight_shape", "weight_zero_point", *inputs.SUFFIXES)
 
     def names(self, format: WeightFormat) -> tuple[str, ...]:
         """See Layout."""
         codes = ("weight", "weight_scale") if format.stored == "bytes" else WORDS
-        return codes if format.symmetric else (*codes, "weight_zero_point")
+        zeros = () if format.symmetric else ("weight_zero_point",)
+        return (*codes, *zeros, *(integer_scales.SUFFIXES if isinstance(format.scale, IntegerScale) else ()))
 
     def refusal(self, format: WeightFormat, out: int, columns: int) -> str | None:
         """See Layout."""
         if format.granularity == PerTensor() and not format.symmetric:
             return "it packs zero points per channel and per group only: choose `granularity: {kind: channel}`"
-        return common_refusal(format, out, columns)
+        return common_refusal(format, out, columns, integer_scales=self.name == "halfbyte")
 
     def caveat(self, format: WeightFormat) -> str | None:
         """See Layout."""
@@ -92,19 +104,24 @@ class CompressedTensors:
         """See Layout."""
         out, columns = weight.codes.shape
         require(self.refusal(weight.format, out, columns), self.name)
+        grid = self.write_grid(weight.grid, weight.format)
+        if isinstance(weight.format.scale, IntegerScale):
+            grid |= integer_scales.write_reach(weight.grid, weight.codes, weight.format)
         if weight.format.stored == "bytes":
-            codes = signed(unsigned_codes(weight)).cpu().contiguous()
-            return {"weight": codes, **self.write_grid(weight.grid, weight.format)}
+            return {"weight": signed(unsigned_codes(weight)).cpu().contiguous(), **grid}
         return {
             "weight_packed": int32_words.pack(unsigned_codes(weight), weight.format.bits).cpu(),
             "weight_shape": torch.tensor([out, columns], dtype=torch.int64),
-            **self.write_grid(weight.grid, weight.format),
+            **grid,
         }
 
     def write_grid(self, grid: Grid, format: WeightFormat) -> dict[str, Tensor]:
         """See Layout."""
-        scales = exact_scales(grid.scales, scale_dtype(format)).cpu()
-        tensors = {"weight_scale": (scales.flatten() if format.granularity == PerTensor() else scales).contiguous()}
+        if isinstance(format.scale, IntegerScale):
+            tensors = integer_scales.write_scales(grid, format.scale)
+        else:
+            scales = exact_scales(grid.scales, scale_dtype(format)).cpu()
+            tensors = {"weight_scale": (scales.flatten() if format.granularity == PerTensor() else scales).contiguous()}
         if not format.symmetric:
             points = whole_zero_points(grid, format)
             packed = signed(points) if format.stored == "bytes" else int32_words.pack_zero_points(points, format.bits)
@@ -119,21 +136,28 @@ class CompressedTensors:
         else:
             stored = int32_words.unpack(tensors["weight_packed"], format.bits, columns)
         grid, format = self.read_grid(tensors, format)
-        return QuantizedWeight(own_codes(stored, format), grid, format)
+        codes = own_codes(stored, format)
+        if isinstance(format.scale, IntegerScale):
+            reached, whole = tensors["weight_reach"], tensors["weight_scale"]
+            integer_scales.check_reach(reached, codes, whole, grid.zero_points, middle(format))
+        return QuantizedWeight(codes, grid, format)
 
     def read_grid(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[Grid, WeightFormat]:
         """See Layout."""
         out, columns = self.shape(tensors, format)
-        stored = tensors["weight_scale"]
-        format = resolved(format, stored.dtype)
-        scales = stored.to(torch.float32).reshape(scales_shape(out, columns, format.granularity))
+        stored, amplifiers = tensors["weight_scale"], None
+        if isinstance(format.scale, IntegerScale):
+            scales, amplifiers = integer_scales.read_scales(tensors)
+        else:
+            format = resolved(format, stored.dtype)
+            scales = stored.to(torch.float32).reshape(scales_shape(out, columns, format.granularity))
         if format.symmetric:
-            return Grid(scales), format
+            return Grid(scales, None, amplifiers), format
         points = tensors["weight_zero_point"]
         points = (
             unsigned(points) if format.stored == "bytes" else int32_words.unpack_zero_points(points, format.bits, out)
         )
-        return Grid(scales, points.to(torch.float32)), format
+        return Grid(scales, points.to(torch.float32), amplifiers), format
 
     def shape(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[int, int]:
         """See Layout."""
@@ -147,12 +171,17 @@ class CompressedTensors:
         grid = scales_shape(out, columns, format.granularity)
         expected: dict[str, Stored] = {
             "weight_packed": ((out, int32_words.words_for(columns, format.bits)), (torch.int32,)),
-            "weight_scale": ((1,) if format.granularity == PerTensor() else grid, scale_dtypes(format)),
+            **self._stored_scales(format, grid),
         }
         if not format.symmetric:
             expected["weight_zero_point"] = ((int32_words.words_for(out, format.bits), grid[1]), (torch.int32,))
         check_stored(tensors, expected)
         return out, columns
+
+    def _stored_scales(self, format: WeightFormat, grid: tuple[int, int]) -> dict[str, Stored]:
+        if isinstance(format.scale, IntegerScale):
+            return integer_scales.expected(*grid)
+        return {"weight_scale": ((1,) if format.granularity == PerTensor() else grid, scale_dtypes(format))}
 
     def _shape_of_bytes(self, tensors: Mapping[str, Tensor], format: WeightFormat) -> tuple[int, int]:
         stated = present(tensors, "weight").shape
@@ -161,8 +190,7 @@ class CompressedTensors:
         out, columns = stated
         expect(self.refusal(format, out, columns), self.name, out, columns)
         grid = scales_shape(out, columns, format.granularity)
-        scales = ((1,) if format.granularity == PerTensor() else grid, scale_dtypes(format))
-        expected: dict[str, Stored] = {"weight": ((out, columns), (torch.int8,)), "weight_scale": scales}
+        expected: dict[str, Stored] = {"weight": ((out, columns), (torch.int8,)), **self._stored_scales(format, grid)}
         if not format.symmetric:
             expected["weight_zero_point"] = (grid, (torch.int8,))
         check_stored(tensors, expected)
@@ -197,7 +225,7 @@ class CompressedTensors:
             groups[f"group_{index}"] = {"targets": targets, **entries[key]}
         forms = {group["format"] for group in groups.values()}
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": self.name,
             "format": forms.pop() if len(forms) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "version": FOLLOWS,
@@ -221,9 +249,9 @@ class CompressedTensors:
         self, config: Mapping[str, Any], modules: Sequence[str], read: Callable[[str, Mapping[str, Any]], Any]
     ) -> dict[str, Any]:
         """What `read` makes of the config group of each module; modules of which it is None are left out."""
-        ignored = _Targets(dict.fromkeys(config.get("ignore") or (), True))
+        ignored = Targets(dict.fromkeys(config.get("ignore") or (), True))
         groups = config.get("config_groups") or {}
-        targets = _Targets({target: name for name, group in groups.items() for target in _targets(name, group)})
+        targets = Targets({target: name for name, group in groups.items() for target in _targets(name, group)})
         chosen = {path: targets.of(path) for path in modules if not ignored.of(path)}
         found = {
             name: read(name, groups[name]) for name in sorted({name for name in chosen.values() if name is not None})
@@ -236,13 +264,22 @@ class CompressedTensors:
         asked = {
             "quantized outputs": any(group.get("output_activations") for group in groups),
             "a quantized cache": bool(config.get("kv_cache_scheme")),
+            "a past-only cache": bool(config.get("kv_cache")),
             "online rotations": bool((config.get("transform_config") or {}).get("config_groups")),
+            "Hadamard products at run time": bool(config.get("online_hadamards")),
+            "inputs with outliers split off": any(group.get("outliers") for group in groups),
+            "tables of embeddings in 8 bits": bool(config.get("embeddings")),
+            "inputs that are clipped": any(group.get("input_clip") for group in groups),
             "sparsity": bool(config.get("sparsity_config") or config.get("moe_sparsity_config")),
         }
         return tuple(name for name, present in asked.items() if present)
 
 
-class _Targets:
+OWN = CompressedTensors("halfbyte", (*CompressedTensors().suffixes, *integer_scales.SUFFIXES))
+"""What our own runtime reads and writes."""
+
+
+class Targets:
     """Which value a path's target has. CheckpointError for a target that is no regular expression."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -289,8 +326,12 @@ def _entry(format: WeightFormat, activations: ActivationFormat | None) -> dict[s
         "input_activations": None if activations is None else inputs.input_arguments(activations),
         "output_activations": None,
     }
+    if isinstance(format.scale, IntegerScale):
+        entry["scale"] = format.scale.model_dump()
     if activations is not None and activations.outliers is not None:
         entry["outliers"] = activations.outliers.model_dump()
+    if activations is not None and activations.clip < 1:
+        entry["input_clip"] = activations.clip
     return entry
 
 
@@ -332,5 +373,21 @@ def _format(name: str, group: Mapping[str, Any], default: str | None) -> WeightF
         )
     convention = Convention.GPTQ if weights.get("symmetric", True) else Convention.ASYMMETRIC
     return WeightFormat(
-        bits=bits, convention=convention, granularity=granularity, stored="bytes" if form == BYTES else "words"
+        bits=bits,
+        convention=convention,
+        granularity=granularity,
+        scale=_scale(name, group),
+        stored="bytes" if form == BYTES else "words",
     )
+
+
+def _scale(name: str, group: Mapping[str, Any]) -> FloatScale | IntegerScale:
+    """The kind of scale of a config group: floats, where it does not say otherwise."""
+    if group.get("scale") is None:
+        return FloatScale()
+    try:
+        return IntegerScale.model_validate(group["scale"])
+    except ValueError as cause:
+        raise CheckpointError(
+            f"config group {name!r} has scales that halfbyte does not know ({group['scale']}): use the version that wrote it"
+        ) from cause

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError, FormatError, OutputError
@@ -15,7 +16,7 @@ from halfbyte.layouts import LAYOUTS, layout_of
 from halfbyte.layouts.folder import OutputFolder, sha256
 from halfbyte.layouts.layout import Layout, require, resolved
 from halfbyte.layouts.shards import CONFIG, INDEX, SIDECAR, Shards, model_config, model_dtype, quantization_config
-from halfbyte.scheme import ActivationFormat, FloatScale, WeightFormat
+from halfbyte.scheme import ActivationFormat, FloatScale, IntegerScale, WeightFormat
 
 SHOWN = 3  # of many problems
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json")  # what AutoGPTQ and AutoAWQ kept beside config.json
@@ -76,7 +77,10 @@ def open_source(folder: Path) -> Source:
     if strangers := [path for path in quantized if path not in formats]:
         raise CheckpointError(f"{folder} holds packed weights of {strangers[0]}, of which its {CONFIG} says nothing")
     if beyond := layout.beyond_weights(section):
-        raise FormatError(f"{folder} asks for {' and '.join(beyond)}, which no other layout can say: use it as it is")
+        raise FormatError(
+            f"{folder} asks for {' and '.join(beyond)}, which no other layout can say: use it as it is, or quantize "
+            "again without (a quarot step with `online: []`, inputs without `outliers` and `clip`)"
+        )
     stated = section.get("ignore") or section.get("modules_to_not_convert") or ()
     names = [*shards.matrices(), *(name for name in stated if not name.startswith("re:")), "lm_head"]
     ignored = [path for path in dict.fromkeys(names) if path not in formats]
@@ -91,9 +95,11 @@ def new_config(source: Source, target: Layout) -> dict[str, Any]:
     for path, format in source.formats.items():
         tensors = source.shards.module(path, source.layout.names(format))
         try:
-            require(target.refusal(format, *source.layout.shape(tensors, format)), target.name)
+            shape = source.layout.shape(tensors, format)
             grid, stored = source.layout.read_grid(tensors, format)
-            target.write_grid(grid, written_format(source, target, stored))
+            written = written_format(source, target, stored)
+            require(target.refusal(written, *shape), target.name)
+            target.write_grid(grid, written)
         except FormatError as cause:
             refused[str(cause)].append(path)
         except CheckpointError as cause:
@@ -101,7 +107,8 @@ def new_config(source: Source, target: Layout) -> dict[str, Any]:
     if refused:
         raise FormatError(told(refused))
     kept = {key: value for key, value in source.config.items() if key != "compression_config"}
-    return kept | {"quantization_config": target.config(source.formats, source.ignored, source.activations)}
+    formats = {path: written_format(source, target, format) for path, format in source.formats.items()}
+    return kept | {"quantization_config": target.config(formats, source.ignored, source.activations)}
 
 
 def told(refused: dict[str, list[str]]) -> str:
@@ -115,11 +122,15 @@ def told(refused: dict[str, list[str]]) -> str:
 
 
 def written_format(source: Source, target: Layout, format: WeightFormat) -> WeightFormat:
-    """The format with the scale dtype that is to be written: readers of compressed-tensors cast to the model's."""
+    """The format with the scale dtype that is to be written: readers of compressed-tensors cast to the model's.
+
+    Integer scales become the floating-point numbers S/α, which `write_grid` refuses where one would be rounded.
+    """
     dtype = model_dtype(source.config)
-    if target.name != "compressed-tensors" or dtype is None:
-        return format
-    return resolved(format.model_copy(update={"scale": FloatScale()}), dtype)
+    floats = format.model_copy(update={"scale": FloatScale()})
+    if target.name != "compressed-tensors":
+        return resolved(floats, torch.float16) if isinstance(format.scale, IntegerScale) else format
+    return format if dtype is None else resolved(floats, dtype)
 
 
 def write_shards(source: Source, target: Layout, output: OutputFolder) -> None:

@@ -6,8 +6,8 @@
     outlier_weight    float    [out, n]   the columns of the weight that are kept as they were (all of them where the
                                           set is dynamic); ours alone
 
-An outlier split is told by the key `outliers` of the config group, which no other reader knows: such checkpoints carry
-our own quant_method.
+An outlier split is told by the key `outliers` of the config group, a clipped range by `input_clip`, which no other reader
+knows: such checkpoints carry our own quant_method.
 """
 
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ def activation_format(group: Mapping[str, Any]) -> ActivationFormat | None:
     entry = group.get("input_activations")
     if entry is None:
         return None
-    split = group.get("outliers")
+    split, clip = group.get("outliers"), group.get("input_clip")
     kind, dynamic = entry.get("type", "int"), entry.get("dynamic", False)
     try:
         if kind != "int" or dynamic not in (True, False):
@@ -106,6 +106,7 @@ def activation_format(group: Mapping[str, Any]) -> ActivationFormat | None:
             granularity=entry.get("strategy") or "tensor",
             group_size=entry.get("group_size"),
             dynamic=dynamic,
+            clip=1.0 if clip is None else clip,
             outliers=None if split is None else OutlierSplit.model_validate(split),
         )
     except ValueError as cause:

@@ -2,21 +2,25 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.layouts import layout_of
+from halfbyte.layouts.compressed_tensors import CompressedTensors
 from halfbyte.layouts.folder import sha256
 from halfbyte.layouts.inputs import SUFFIXES as INPUT_SUFFIXES
 from halfbyte.layouts.inputs import read_inputs
+from halfbyte.layouts.integer_scales import check_inputs
 from halfbyte.layouts.layout import Layout
 from halfbyte.layouts.shards import SIDECAR, Shards, model_config, quantization_config
 from halfbyte.layouts.targets import family
+from halfbyte.numerics.certificate import INT32, TOKEN_INPUTS, magnitude
 from halfbyte.scheme import ActivationFormat, WeightFormat
 
 
@@ -28,6 +32,7 @@ class InspectedModule:
     format: str  # "int4 sym g128"
     shape: tuple[int, int]  # out, in
     bits_per_weight: float  # all stored tensors: codes, scales, zero points
+    accumulator: float | None = None  # share of int32 that some input can fill, by the certificate of integer scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class Inspection:
     bytes_on_disk: int  # of the weight files
     unquantized_share: float  # of the parameters
     problems: tuple[str, ...]  # empty: intact, as far as can be told
+    accumulator: float | None = None  # of the fullest module with integer scales
     kernels: dict[str, int] | None = None  # modules that each kernel would run; for the caller to fill in
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,13 +106,14 @@ def inspect(folder: str | Path, *, linears: Sequence[str] = (), hashes: bool = T
         bytes_on_disk=shards.bytes_on_disk,
         unquantized_share=plain / max(plain + quantized, 1),
         problems=tuple(problems),
+        accumulator=max((m.accumulator for m in modules if m.accumulator is not None), default=None),
     )
 
 
 def candidates(layout: Layout, section: dict[str, Any], shards: Shards, linears: Iterable[str]) -> list[str]:
     """Paths that may belong to a quantized linear layer."""
     found = [*shards.modules(layout.suffixes), *linears]
-    if layout.name == "compressed-tensors":
+    if isinstance(layout, CompressedTensors):
         # this layout names what it quantizes and what not; the others leave routers and the like to the reader
         groups = [group for group in section.get("config_groups", {}).values() if isinstance(group, dict)]
         found += [path for group in groups for path in group.get("targets") or () if "." in path and path[:3] != "re:"]
@@ -127,13 +134,22 @@ def inspect_module(
         grid, format = layout.read_grid(tensors, format)
         if activations is not None:
             read_inputs(tensors, activations, out, columns)
+        share = accumulator_share(tensors, activations or TOKEN_INPUTS)
     except HalfbyteError as cause:
         return f"{path}: {cause}"
     if not torch.isfinite(grid.scales).all():
         return f"{path}: {int((~torch.isfinite(grid.scales)).sum())} scales are NaN or Inf"
     size = sum(tensor.nbytes for tensor in tensors.values())
     name = str(format) + (f", {activations}" if activations else "")
-    return InspectedModule(path, name, (out, columns), 8 * size / (out * columns))
+    return InspectedModule(path, name, (out, columns), 8 * size / (out * columns), share)
+
+
+def accumulator_share(tensors: Mapping[str, Tensor], inputs: ActivationFormat) -> float | None:
+    """How much of int32 the fullest row can fill. None without integer scales; CheckpointError where it overflows."""
+    if "weight_reach" not in tensors:
+        return None
+    check_inputs(tensors["weight_reach"], inputs)
+    return magnitude(inputs) * int(tensors["weight_reach"].max()) / INT32
 
 
 def wrong_hashes(folder: Path) -> list[str]:

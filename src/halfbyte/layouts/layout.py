@@ -104,10 +104,13 @@ class Layout(Protocol):
         ...
 
 
-def common_refusal(format: WeightFormat, out: int, columns: int) -> str | None:
-    """What no layout of other people's can say; None where nothing of that kind is in the way."""
-    if isinstance(format.scale, IntegerScale):
-        return f"its scales are floating-point numbers, not S/{format.scale.amplifier}: choose `scale: {{kind: float}}`"
+def common_refusal(format: WeightFormat, out: int, columns: int, *, integer_scales: bool = False) -> str | None:
+    """What no layout of other people's can say; None where nothing of that kind is in the way.
+
+    `integer_scales`: whether it has a place for them, which only ours has.
+    """
+    if isinstance(format.scale, IntegerScale) and not integer_scales:
+        return f"its scales are floating-point numbers, not {format.scale}: choose `scale: {{kind: float}}`"
     if isinstance(format.granularity, GroupCount):
         return (
             f"its groups are runs of a row, not {format.granularity.count} parts of the flattened matrix: choose "
@@ -191,7 +194,8 @@ def exact_scales(scales: Float[Tensor, "rows groups"], dtype: torch.dtype) -> Fl
         raise FormatError(
             f"{int(changed.sum())} of {scales.numel()} scales, {float(scales[changed][0]):g} among them, are not "
             f"{kind} numbers (normal ones reach from {limits.smallest_normal:g} to {limits.max:g}): quantize with "
-            f"`scale: {{kind: float, dtype: {kind}}}`; compressed-tensors keeps scales of every floating-point type"
+            f"`scale: {{kind: float, dtype: {kind}}}`, or with integer scales of `dtype: uint8` and an amplifier that is "
+            "a power of two, which are exact; compressed-tensors keeps scales of every floating-point type"
         )
     return stored
 
@@ -218,8 +222,8 @@ def scale_dtype(format: WeightFormat) -> torch.dtype:
             raise ValueError("resolve the scale's dtype against the model's first")
         case FloatScale(dtype=name):
             return SCALE_DTYPES[name]
-        case IntegerScale(amplifier=amplifier):
-            raise FormatError(f"scales S/{amplifier} are integers: they have no floating-point type")
+        case IntegerScale():
+            raise FormatError(f"scales {format.scale} are integers: they have no floating-point type")
 
 
 def scale_dtypes(format: WeightFormat) -> tuple[torch.dtype, ...]:

@@ -4,7 +4,22 @@ from halfbyte.methods.awq import AWQ
 from halfbyte.methods.fptq import FPTQ
 from halfbyte.methods.gptq import GPTQ
 from halfbyte.methods.lkd import LKD
+from halfbyte.methods.omniquant import OmniQuant
+from halfbyte.methods.quarot import QuaRot
 from halfbyte.methods.rtn import RTN
 from halfbyte.methods.smoothquant import SmoothQuant
+from halfbyte.methods.wkv import WKV
+from halfbyte.methods.wkvquant import WKVQuant
 
-METHODS = {"awq": AWQ, "fptq": FPTQ, "gptq": GPTQ, "lkd": LKD, "rtn": RTN, "smoothquant": SmoothQuant}
+METHODS = {
+    "awq": AWQ,
+    "fptq": FPTQ,
+    "gptq": GPTQ,
+    "lkd": LKD,
+    "omniquant": OmniQuant,
+    "quarot": QuaRot,
+    "rtn": RTN,
+    "smoothquant": SmoothQuant,
+    "wkv": WKV,
+    "wkvquant": WKVQuant,
+}

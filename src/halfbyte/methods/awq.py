@@ -22,9 +22,9 @@ from torch import Tensor
 
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.models.fold import ResolvedLink, move_scale, tie
+from halfbyte.numerics.integer_scales import nearest
 from halfbyte.numerics.precision import float32_products
-from halfbyte.numerics.quantized import round_to_grid
-from halfbyte.numerics.ranges import Ranges, find_grid
+from halfbyte.numerics.ranges import Ranges
 from halfbyte.scheme import ActivationFormat, Value, WeightFormat
 
 SMALLEST_SCALE = 1e-4
@@ -101,8 +101,6 @@ class AWQ(Value):
         """The squared output error of rounding this weight under this scale."""
         scaled = weight * scale
         gram_then = gram / (scale[:, None] * scale) if self.ranges == "output" else None
-        delta = (
-            round_to_grid(scaled, find_grid(scaled, format, self.ranges, gram_then), format).decode() / scale - weight
-        )
+        delta = nearest(scaled, format, self.ranges, gram_then).decode() / scale - weight
         with float32_products(tf32=True):  # candidates differ by far more than TF32 rounds
             return float(((delta @ gram) * delta).sum())

@@ -1,18 +1,62 @@
-"""What a method promises. A recipe's steps run in order within each block: transforms, one rounding, refinements."""
+"""What a method promises. A recipe's steps run in order: a rotation of the whole model before all else, and within each
+block transforms, one rounding, refinements.
+"""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from halfbyte.calibration.cache import CacheStatistics
+from halfbyte.calibration.reconstruct import BlockContext
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import Stream
 from halfbyte.models.fold import ResolvedLink
+from halfbyte.models.load import Skeleton
 from halfbyte.numerics.activations import InputQuantizer
+from halfbyte.numerics.cache import Smoothing
 from halfbyte.numerics.quantized import QuantizedWeight
-from halfbyte.scheme import ActivationFormat, WeightFormat
+from halfbyte.scheme import ActivationFormat, CacheFormat, OnlineHadamard, WeightFormat
+
+
+@runtime_checkable
+class Rotation(Protocol):
+    """Changes the coordinates in which a whole model computes, and not its function.
+
+    What it does depends on its options and the model's sizes alone, so that a run can go on at any block; all that comes
+    after it takes the rotated model for the model.
+    """
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def unties(self) -> bool:
+        """Whether the head gets a weight of its own."""
+        ...
+
+    def check(self, skeleton: Skeleton) -> None:
+        """ModelError, WeightError where this model cannot be rotated so; nothing is read or edited."""
+        ...
+
+    def rotate_outside(self, skeleton: Skeleton, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Parameters outside the blocks that change: path -> new value, in the dtype of what `read` gives for a path."""
+        ...
+
+    def rotate_block(self, skeleton: Skeleton, block: nn.Module) -> None:
+        """Edit a block, whose parameters are float64, in place."""
+        ...
+
+    def online_inputs(self, skeleton: Skeleton) -> dict[str, OnlineHadamard]:
+        """Path of a linear -> what is done to its input at run time, and was undone in its weight."""
+        ...
+
+    def online_keys(self, skeleton: Skeleton) -> OnlineHadamard | None:
+        """What is done to each head's queries and keys before they meet a quantized cache."""
+        ...
 
 
 @runtime_checkable
@@ -68,6 +112,18 @@ class Rounding(Protocol):
         ...
 
 
+@runtime_checkable
+class CacheSmoothing(Protocol):
+    """Finds what a quantized cache does to keys and values before it rounds them."""
+
+    @property
+    def method(self) -> str: ...
+
+    def smooth(self, seen: CacheStatistics, format: CacheFormat, layer: int, layers: int) -> Smoothing:
+        """Shifts and scales for layer `layer` of `layers`, from what the quantized block writes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class RoundedBlock:
     """A block after rounding, for a refinement."""
@@ -79,6 +135,14 @@ class RoundedBlock:
     inputs: Mapping[str, InputQuantizer]
     stream: Stream  # the quantized model's hidden states at the door of the block
     float_stream: Stream  # the float model's
+    seen: dict[str, InputStatistics] = field(
+        default_factory=dict
+    )  # of the quantized model's inputs, for each of `weights`
+    links: Callable[[], Sequence[ResolvedLink]] = tuple  # of `block`; ModelError where none are known
+    following: Callable[[int], Sequence[nn.Module]] = (
+        lambda _count: ()
+    )  # so many float blocks after it, or what is left
+    context: BlockContext = lambda _block: nullcontext()  # in which the quantized model's blocks compute
 
 
 @runtime_checkable
@@ -94,5 +158,9 @@ class Refinement(Protocol):
         ...
 
     def refine(self, rounded: RoundedBlock, quantized: Mapping[str, QuantizedWeight]) -> Mapping[str, QuantizedWeight]:
-        """Better weights of the same formats. Norms and biases of `rounded.block` may be edited in place."""
+        """Better weights of the same formats. Norms and biases of `rounded.block` may be edited in place.
+
+        A refinement that moves scales or shifts between modules also edits `rounded.weights`, tensor by tensor, and
+        puts new statistics into `rounded.seen`.
+        """
         ...

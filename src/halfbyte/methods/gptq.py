@@ -16,6 +16,7 @@ minimises ‖F·Wᵀ - X·Qᵀ‖² (the aim of GPTAQ, arXiv 2504.02692, in clos
 correction that is applied.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -65,6 +66,24 @@ def correction(
     return (weight @ drift @ spread.T) @ spread
 
 
+def round_on_grid(
+    weight: Float[Tensor, "out in"],
+    grid: Grid,
+    format: WeightFormat,
+    spread: Float[Tensor, "in in"],
+    order: Int[Tensor, "in"],
+) -> QuantizedWeight:
+    """Columns in `order`, on a grid that stays. `spread` is in that order."""
+    scales = expand(grid.scales, *weight.shape)[:, order]
+    zeros = None if grid.zero_points is None else expand(grid.zero_points, *weight.shape)[:, order]
+
+    def slices(start: int, stop: int, _current: Tensor) -> tuple[Tensor, Tensor | None]:
+        return scales[:, start:stop], None if zeros is None else zeros[:, start:stop]
+
+    codes, _, _ = round_columns(weight[:, order], spread, slices, SEGMENT, format.lowest, format.highest)
+    return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), grid, format)
+
+
 class GPTQ(Value):
     """Column by column with error feedback."""
 
@@ -92,19 +111,33 @@ class GPTQ(Value):
         if seen is None or not seen.tokens:
             raise CalibrationError("GPTQ needs calibration tokens, and none reached this layer: use more or other text")
         hessian = damped(seen.gram.to(weight.dtype), self.damping)
-        target = weight * (seen.gram.diagonal() > 0)
-        order = torch.arange(weight.shape[1], device=weight.device)
-        if self.order == "activation":
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        spread = error_spread(hessian[order][:, order])
-        if self.drift and seen.drift is not None:
-            drift = seen.drift.to(weight.dtype)[order][:, order]
-            target[:, order] += self.drift * correction(target[:, order], drift, spread)
+        spread, order = self._spread(hessian)
+        target = self._target(weight, seen, spread, order)
         match format.granularity:
             case PerGroup(size=size) if self.order == "given" and size <= SEGMENT:
                 return self._with_fresh_grids(target, format, size, hessian, spread)
             case _:
                 return self._with_fixed_grids(target, format, hessian, spread, order)
+
+    def _spread(self, hessian: Float[Tensor, "in in"]) -> tuple[Float[Tensor, "in in"], Int[Tensor, "in"]]:
+        order = torch.arange(len(hessian), device=hessian.device)
+        if self.order == "activation":
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return error_spread(hessian[order][:, order]), order
+
+    def _target(
+        self,
+        weight: Float[Tensor, "out in"],
+        seen: InputStatistics,
+        spread: Float[Tensor, "in in"],
+        order: Int[Tensor, "in"],
+    ) -> Float[Tensor, "out in"]:
+        """What is to be rounded: without the columns whose inputs were never alive, and corrected for drift."""
+        target = weight * (seen.gram.diagonal() > 0)
+        if self.drift and seen.drift is not None:
+            drift = seen.drift.to(weight.dtype)[order][:, order]
+            target[:, order] += self.drift * correction(target[:, order], drift, spread)
+        return target
 
     def _with_fixed_grids(
         self,
@@ -115,15 +148,22 @@ class GPTQ(Value):
         order: Int[Tensor, "in"],
     ) -> QuantizedWeight:
         """Columns in `order`, every grid found beforehand."""
-        grid = find_grid(weight, format, self.ranges, hessian)
-        scales = expand(grid.scales, *weight.shape)[:, order]
-        zeros = None if grid.zero_points is None else expand(grid.zero_points, *weight.shape)[:, order]
+        return round_on_grid(weight, find_grid(weight, format, self.ranges, hessian), format, spread, order)
 
-        def slices(start: int, stop: int, _current: Tensor) -> tuple[Tensor, Tensor | None]:
-            return scales[:, start:stop], None if zeros is None else zeros[:, start:stop]
+    def on_grids(
+        self, weights: Sequence[tuple[Float[Tensor, "out in"], Grid, WeightFormat]], seen: InputStatistics
+    ) -> list[QuantizedWeight]:
+        """Weights that share their inputs, each on a grid that is given. `ranges` has no say; columns go in `order`.
 
-        codes, _, _ = round_columns(weight[:, order], spread, slices, SEGMENT, format.lowest, format.highest)
-        return QuantizedWeight(codes[:, torch.argsort(order)].contiguous(), grid, format)
+        CalibrationError as `quantize` raises it.
+        """
+        dtype = weights[0][0].dtype
+        spread, order = self._spread(damped(seen.gram.to(dtype), self.damping))
+        results = []
+        for weight, grid, format in weights:
+            target = self._target(weight, seen, spread, order)
+            results.append(round_on_grid(target, grid, format, spread, order))
+        return results
 
     def _with_fresh_grids(
         self,

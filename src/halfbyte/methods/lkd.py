@@ -20,21 +20,21 @@ the scales; `norms` also learns the block's norms and biases. A weight's learnin
 (`unit: step`) or as it is (`unit: weight`, the paper's).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
 
-from halfbyte.calibration.walk import Stream, quantizing_inputs
+from halfbyte.calibration.reconstruct import Learned, Reconstruction, Schedule, Targets
 from halfbyte.errors import CalibrationError
 from halfbyte.methods.contract import RoundedBlock
-from halfbyte.numerics.grid import Grid, encode, expand, round_scales
-from halfbyte.numerics.precision import float32_products
+from halfbyte.numerics.grid import encode, expand, round_scales
 from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.numerics.slopes import straight_through
 from halfbyte.scheme import Value
 
 INSIDE = 0.499  # of a step: as far from its code as a weight may start
@@ -70,22 +70,35 @@ class LKD(Value):
             for name, parameter in rounded.block.named_parameters()
             if name.removesuffix(".weight") not in quantized
         }
-        before = self._loss(rounded, students, rest)
-        snapshot = [tensor.detach().clone() for tensor in self._learned(students, rest)]
-        self._train(rounded, students, rest)
-        after = self._loss(rounded, students, rest)
+
+        def parameters() -> dict[str, Tensor]:
+            return rest | {f"{name}.weight": student.rounded() for name, student in students.items()}
+
+        lesson = Reconstruction(
+            block=rounded.block,
+            index=rounded.index,
+            parameters=parameters,
+            inputs=rounded.inputs,
+            source=rounded.float_stream if self.inputs == "teacher" else rounded.stream,
+            targets=Targets(rounded.original, (), rounded.float_stream, rounded.index, keep=False),
+        )
+        schedule = Schedule(steps=self.steps, decay=self.decay, clip=self.clip)
+        before, after = lesson.learn(self._groups(students, rest), schedule)
         if not torch.isfinite(torch.tensor([before, after])).all():
             raise CalibrationError(
                 f"the distillation loss of block {rounded.index} is {before:g}, then {after:g}: lower `learning_rate` "
                 f"({self.learning_rate:g}), or calibrate in bfloat16 or float32"
             )
-        if after >= before:
-            for tensor, old in zip(self._learned(students, rest), snapshot, strict=True):
-                tensor.data.copy_(old)
         for name, parameter in rounded.block.named_parameters():
             if name in rest:
                 parameter.data.copy_(rest[name].detach())
         return {name: student.weight(quantized[name]) for name, student in students.items()}
+
+    def _groups(self, students: Mapping[str, "Student"], rest: Mapping[str, Tensor]) -> tuple[Learned, Learned]:
+        values = [s.values for s in students.values() if s.values is not None]
+        gentle = [s.factors for s in students.values() if s.factors is not None]
+        gentle += [tensor for tensor in rest.values() if tensor.requires_grad]
+        return Learned(values, self.learning_rate), Learned(gentle, self.gentle_learning_rate)
 
     def _student(self, weight: QuantizedWeight, original: Float[Tensor, "out in"]) -> "Student":
         values = scales = None
@@ -97,59 +110,6 @@ class LKD(Value):
         if self.learn in ("scales", "both"):
             scales = torch.zeros_like(weight.grid.scales).requires_grad_()
         return Student(weight, values, scales, in_steps=self.unit == "step")
-
-    def _learned(self, students: Mapping[str, "Student"], rest: Mapping[str, Tensor]) -> list[Tensor]:
-        tensors = [*(s.values for s in students.values()), *(s.factors for s in students.values()), *rest.values()]
-        return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-
-    def _train(self, rounded: RoundedBlock, students: Mapping[str, "Student"], rest: Mapping[str, Tensor]) -> None:
-        values = [s.values for s in students.values() if s.values is not None]
-        gentle = [s.factors for s in students.values() if s.factors is not None]
-        gentle += [tensor for tensor in rest.values() if tensor.requires_grad]
-        groups = [{"params": values, "lr": self.learning_rate}, {"params": gentle, "lr": self.gentle_learning_rate}]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        fade = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - self.decay * step / self.steps)
-        batches = len(rounded.stream.hidden)
-        with (
-            torch.enable_grad(),
-            quantizing_inputs(rounded.block, rounded.inputs),
-            float32_products(tf32=True),  # a step is far coarser than TF32 rounds
-        ):
-            for step in range(self.steps):
-                loss = self._loss_of(rounded, students, rest, step % batches)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self._learned(students, rest), self.clip)
-                optimizer.step()
-                fade.step()
-
-    @torch.no_grad()
-    def _loss(self, rounded: RoundedBlock, students: Mapping[str, "Student"], rest: Mapping[str, Tensor]) -> float:
-        """The mean loss over the whole stream."""
-        batches = range(len(rounded.stream.hidden))
-        with quantizing_inputs(rounded.block, rounded.inputs):
-            return sum(float(self._loss_of(rounded, students, rest, batch)) for batch in batches) / len(batches)
-
-    def _loss_of(
-        self, rounded: RoundedBlock, students: Mapping[str, "Student"], rest: Mapping[str, Tensor], batch: int
-    ) -> Float[Tensor, ""]:
-        with torch.no_grad():
-            target = rounded.float_stream.run(rounded.original, rounded.index, batch)
-        dtype = target.dtype
-        parameters = {name: tensor.to(dtype) for name, tensor in rest.items()}
-        parameters |= {f"{name}.weight": student.rounded().to(dtype) for name, student in students.items()}
-        source: Stream = rounded.float_stream if self.inputs == "teacher" else rounded.stream
-        answer = source.run(bound(rounded, parameters), rounded.index, batch)
-        return (answer - target).float().square().mean()
-
-
-def bound(rounded: RoundedBlock, parameters: dict[str, Tensor]) -> Callable[..., Any]:
-    """The block as a function of its arguments, computing with these parameters."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(rounded.block, parameters, args, kwargs)
-
-    return call
 
 
 class Student:
@@ -172,7 +132,7 @@ class Student:
         scales = grid.scales
         if self.factors is not None:
             exact = scales * self.factors.exp()
-            scales = straight_through(round_scales(exact, format.scale), exact)
+            scales = straight_through(round_scales(exact, format.scale, grid.amplifiers), exact)
         steps = expand(scales, *self.start.codes.shape)
         zeros = 0 if grid.zero_points is None else expand(grid.zero_points, *self.start.codes.shape)
         if self.values is None:
@@ -186,14 +146,10 @@ class Student:
         """What was learned, as it is stored."""
         grid, format = start.grid, start.format
         if self.factors is not None:
-            grid = Grid(round_scales(grid.scales * self.factors.exp(), format.scale), grid.zero_points)
+            scales = round_scales(grid.scales * self.factors.exp(), format.scale, grid.amplifiers)
+            grid = replace(grid, scales=scales)
         if self.values is None:
             return QuantizedWeight(start.codes, grid, format)
         steps = expand(start.grid.scales, *start.codes.shape)
         reals = self.values * steps if self.in_steps else self.values
         return QuantizedWeight(encode(reals, start.grid, format), grid, format)
-
-
-def straight_through(rounded: Tensor, exact: Tensor) -> Tensor:
-    """The value of `rounded` with the slope of `exact`."""
-    return exact + (rounded - exact).detach()

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.models.fold import ResolvedLink, move_scale, tie
 from halfbyte.numerics.activations import calibrated, simulate
+from halfbyte.numerics.integer_scales import nearest
 from halfbyte.numerics.precision import float32_products
-from halfbyte.numerics.quantized import round_to_grid
-from halfbyte.numerics.ranges import Ranges, find_grid
+from halfbyte.numerics.ranges import Ranges
 from halfbyte.scheme import ActivationFormat, Value, WeightFormat
 
 SMALLEST = 1e-5  # of weights and of scales, as in the authors' code
@@ -132,7 +132,7 @@ class SmoothQuant(Value):
         rounded, read = wanted, inputs
         if format is not None:
             gram = seen.gram / (scale[:, None] * scale) if self.ranges == "output" else None
-            rounded = round_to_grid(wanted, find_grid(wanted, format, self.ranges, gram), format).decode()
+            rounded = nearest(wanted, format, self.ranges, gram).decode()
         if activations is not None:
             read = simulate(inputs, calibrated(activations, seen.minimum / scale, seen.maximum / scale))
         with float32_products(tf32=True):  # of differences: what TF32 rounds is small against them

@@ -45,6 +45,10 @@ class Architecture:
     final_norm: str | None  # None where the architecture has none after its last block
     head: str
     links: tuple[Link, ...]
+    writers: tuple[str, ...] = ()
+    """The linears whose outputs are added to the residual stream; every other one of a block reads a norm's output."""
+    fixed_stream: str | None = None
+    """Why the residual stream has to keep its coordinates; None where it can be rotated."""
     norm_offset: float = 0.0  # Gemma's norms multiply by (1 + weight)
     disk_names: Mapping[str, str] = field(default_factory=dict)
     """Patterns of names inside a block, here -> in the checkpoint, with `*` for an expert's index."""

@@ -1,6 +1,8 @@
-"""How many attention heads a model's configuration says it has."""
+"""How many attention heads a model's configuration says it has, and which of its modules attend."""
 
 from typing import Any
+
+from torch import nn
 
 
 def head_counts(config: Any) -> tuple[int, int, int]:
@@ -11,3 +13,12 @@ def head_counts(config: Any) -> tuple[int, int, int]:
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
     return heads, int(kv_heads), int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def attentions(module: nn.Module) -> dict[str, Any]:
+    """The modules of a model, or of one block, that attend to a cache, by name: they know the index of their layer."""
+    return {
+        name: found
+        for name, found in module.named_modules()
+        if isinstance(getattr(found, "layer_idx", None), int) and "Attention" in type(found).__name__
+    }

@@ -18,6 +18,7 @@ LLAMA = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.down_proj"),
     links=(
         *ATTENTION,
         Link("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -31,6 +32,7 @@ GEMMA = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.down_proj"),
     links=LLAMA.links,
     norm_offset=1.0,
 )
@@ -42,6 +44,8 @@ GEMMA2 = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+    fixed_stream="norms scale what attention and feed-forward part add to it, channel by channel",
     links=(
         *ATTENTION,
         Link("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -56,6 +60,7 @@ PHI3 = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.down_proj"),
     links=(
         Link("input_layernorm", ("self_attn.qkv_proj",)),
         Link("self_attn.qkv_proj", ("self_attn.o_proj",), Rows.VALUES),
@@ -71,6 +76,7 @@ OPT = Architecture(
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     final_norm="model.decoder.final_layer_norm",
     head="lm_head",
+    writers=("self_attn.out_proj", "fc2"),
     links=(
         Link(
             "self_attn_layer_norm",
@@ -89,6 +95,7 @@ GPT2 = Architecture(
     embeddings=("transformer.wte", "transformer.wpe"),
     final_norm="transformer.ln_f",
     head="lm_head",
+    writers=("attn.c_proj", "mlp.c_proj"),
     links=(
         Link("ln_1", ("attn.c_attn",)),
         Link("attn.c_attn", ("attn.c_proj",), Rows.VALUES),
@@ -103,6 +110,7 @@ GPTJ = Architecture(
     embeddings=("transformer.wte",),
     final_norm="transformer.ln_f",
     head="lm_head",
+    writers=("attn.out_proj", "mlp.fc_out"),
     links=(
         Link("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")),
         Link("attn.v_proj", ("attn.out_proj",), Rows.VALUES),
@@ -117,6 +125,7 @@ GPT_NEOX = Architecture(
     embeddings=("gpt_neox.embed_in",),
     final_norm="gpt_neox.final_layer_norm",
     head="lm_head",
+    writers=("attention.dense", "mlp.dense_4h_to_h"),
     links=(
         Link("input_layernorm", ("attention.query_key_value",)),
         Link("attention.query_key_value", ("attention.dense",), Rows.VALUES_PER_HEAD),
@@ -132,6 +141,8 @@ BLOOM = Architecture(
     embeddings=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
     final_norm="transformer.ln_f",
     head="lm_head",
+    writers=("self_attention.dense", "mlp.dense_4h_to_h"),
+    fixed_stream="a norm after the embedding scales it, channel by channel",
     links=(
         Link(
             "input_layernorm",
@@ -154,6 +165,7 @@ FALCON = Architecture(
     embeddings=("transformer.word_embeddings",),
     final_norm="transformer.ln_f",
     head="lm_head",
+    writers=("self_attention.dense", "mlp.dense_4h_to_h"),
     links=(
         Link(
             "input_layernorm",
@@ -177,6 +189,7 @@ MIXTRAL = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.experts.*.down_proj"),
     links=(
         *ATTENTION,
         Link("post_attention_layernorm", ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
@@ -203,6 +216,7 @@ QWEN2_MOE = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj"),
     links=(
         *ATTENTION,
         Link(
@@ -228,6 +242,7 @@ QWEN3_MOE = Architecture(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     head="lm_head",
+    writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
     links=(
         *ATTENTION,
         Link(
@@ -251,6 +266,8 @@ BERT = Architecture(
     ),
     final_norm=None,
     head="cls.predictions.decoder",
+    writers=("attention.output.dense", "output.dense"),
+    fixed_stream="a norm after each sum scales it, channel by channel",
     links=(
         Link("attention.self.value", ("attention.output.dense",), Rows.VALUES),
         Link("intermediate.dense", ("output.dense",), through="intermediate.intermediate_act_fn"),

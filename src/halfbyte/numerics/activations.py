@@ -3,6 +3,7 @@
     symmetric    scale = max|x| / (2^(b-1)-1)          codes in ±(2^(b-1)-1)
     asymmetric   scale = (max - min) / (2^b-1)         codes in -2^(b-1) .. 2^(b-1)-1; the range always contains zero
 
+A format that clips takes its share of the range in place of the whole.
 `simulate` computes on reals what the integer kernels compute on codes; calibration walks with it.
 """
 
@@ -39,6 +40,7 @@ def grid_of(
     low: Float[Tensor, "..."], high: Float[Tensor, "..."], format: ActivationFormat
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."] | None]:
     """Scales and zero points (None: symmetric) of ranges low..high. A range of zero width gets scale 1."""
+    low, high = (low * format.clip, high * format.clip) if format.clip < 1 else (low, high)
     if format.symmetric:
         reach, steps = torch.maximum(-low, high), format.highest
     else:

@@ -30,11 +30,13 @@ SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 class Grid:
     """The reals that codes stand for: (code - zero_point) * scale. Zero points are None when all are zero.
 
-    [rows, groups] for a matrix; a search also makes grids of its groups in a row.
+    [rows, groups] for a matrix; a search also makes grids of its groups in a row. `amplifiers`: of each row, once they
+    are chosen, where scales are S/amplifier (numerics/integer_scales.py).
     """
 
     scales: Float[Tensor, "*grid"]
     zero_points: Float[Tensor, "*grid"] | None = None
+    amplifiers: Float[Tensor, "rows 1"] | None = None
 
 
 def scales_shape(out: int, columns: int, granularity: Granularity) -> tuple[int, int]:
@@ -71,8 +73,13 @@ def expand(values: Float[Tensor, "rows groups"], out: int, columns: int) -> Floa
     return flat.expand(-1, out * columns // len(flat)).reshape(out, columns)
 
 
-def round_scales(scales: Float[Tensor, "..."], kind: Scale) -> Float[Tensor, "..."]:
-    """The nearest scales that can be stored, as values of the same dtype; never zero."""
+def round_scales(
+    scales: Float[Tensor, "*grid"], kind: Scale, amplifiers: Float[Tensor, "rows 1"] | None = None
+) -> Float[Tensor, "*grid"]:
+    """The nearest scales that can be stored, as values of the same dtype; never zero.
+
+    `amplifiers`: of each row, in place of the one that an integer kind names.
+    """
     match kind:
         case FloatScale(dtype="model"):
             raise ValueError("resolve the scale's dtype against the model's first")
@@ -80,22 +87,33 @@ def round_scales(scales: Float[Tensor, "..."], kind: Scale) -> Float[Tensor, "..
             dtype = SCALE_DTYPES[name]
             return scales.clamp(min=torch.finfo(dtype).tiny).to(dtype).to(scales.dtype)
         case IntegerScale(amplifier=amplifier):
-            return (scales * amplifier).round().clamp(min=1) / amplifier
+            chosen = _number(amplifier) if amplifiers is None else amplifiers
+            return (scales * chosen).round().clamp(min=1) / chosen
 
 
 def grid_between(low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], format: WeightFormat) -> Grid:
     """The grid whose range is low..high (low <= high); symmetric formats take the larger magnitude of the two.
 
-    A group without range gets scale 1, so that an all-zero group stays zero.
+    A group without range gets scale 1, or the smallest integer scale, so that an all-zero group stays zero.
     """
     if format.symmetric:
-        reach = torch.maximum(-low, high)
-        scales = round_scales(torch.where(reach > 0, reach / format.divisor, torch.ones_like(reach)), format.scale)
-        return Grid(scales)
+        return Grid(_scales_of(torch.maximum(-low, high), format))
     low, high = low.clamp(max=0), high.clamp(min=0)
-    reach = high - low
-    scales = round_scales(torch.where(reach > 0, reach / format.divisor, torch.ones_like(reach)), format.scale)
+    scales = _scales_of(high - low, format)
     return Grid(scales, (-low / scales).round().clamp(format.lowest, format.highest))
+
+
+def _scales_of(reach: Float[Tensor, "rows groups"], format: WeightFormat) -> Float[Tensor, "rows groups"]:
+    blank = 1.0
+    if isinstance(format.scale, IntegerScale):
+        blank = 1 / _number(format.scale.amplifier)  # S = 1: it never stands in the way of a narrow type
+    return round_scales(torch.where(reach > 0, reach / format.divisor, blank), format.scale)
+
+
+def _number(amplifier: int | str) -> int:
+    if isinstance(amplifier, str):
+        raise ValueError(f"choose the amplifiers of `{amplifier}` first: numerics/integer_scales.py")
+    return amplifier
 
 
 def fit(weight: Float[Tensor, "out in"], format: WeightFormat) -> Grid:

@@ -26,9 +26,10 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """The same weight on another device."""
-        zero_points = self.grid.zero_points
-        grid = Grid(self.grid.scales.to(device), None if zero_points is None else zero_points.to(device))
-        return QuantizedWeight(self.codes.to(device), grid, self.format)
+        zeros, amplifiers = (
+            None if tensor is None else tensor.to(device) for tensor in (self.grid.zero_points, self.grid.amplifiers)
+        )
+        return QuantizedWeight(self.codes.to(device), Grid(self.grid.scales.to(device), zeros, amplifiers), self.format)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class Codes:
 def encode(x: Float[Tensor, "tokens in"], quantizer: InputQuantizer) -> Codes:
     """Every token, group or the whole on its grid; the columns of an outlier split are for `encode_split`."""
     format = quantizer.format
-    if format.bits != 8 or format.granularity == "tensor":
+    if format.bits != 8 or format.granularity == "tensor" or format.clip < 1:
         return _on_other_grids(x, quantizer)
     if format.group_size is not None:
         codes, scales, _ = quantize_tokens(x.reshape(-1, format.group_size), symmetric=True)

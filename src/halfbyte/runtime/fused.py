@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import ModelError
-from halfbyte.runtime.fused_layers import Columns, FusedLinears, bert, gpt_neox, llama
+from halfbyte.numerics.grid import Grid
+from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.runtime.fused_layers import Columns, FusedLinears, Linear, bert, gpt_neox, llama
 from halfbyte.runtime.integer_linear import IntegerLinear
-from halfbyte.runtime.linear import UNPREPARED
+from halfbyte.runtime.linear import UNPREPARED, QuantizedLinear
+from halfbyte.runtime.online import has_rotation
 from halfbyte.scheme import PerChannel
 
 
@@ -66,11 +69,12 @@ LAYERS = {
 
 
 def fuse(model: nn.Module) -> int:
-    """Fuse every layer that has linears with quantized inputs; how many there were. Edits in place, for inference alone.
+    """Fuse every layer that has quantized linears; how many there were. Edits in place, for inference alone.
 
-    Such a layer must have int8 weights with a scale per output and symmetric 8-bit inputs, per token or static, without
-    outlier split; its query, key and value may all be left out of that. The model computes what it computed before, to
-    the rounding of its dtype. ModelError, before anything is changed, names what does not fit.
+    Such a layer must have weights alone quantized; or int8 weights with a scale per output and symmetric 8-bit inputs,
+    per token or static, without outlier split. Its query, key and value may all be left out of that. The model computes
+    what it computed before, to the rounding of its dtype. ModelError, before anything is changed, names what does not
+    fit.
     """
     known = {
         path: layer
@@ -81,11 +85,9 @@ def fuse(model: nn.Module) -> int:
         raise ModelError(
             f"{type(model).__name__} has no layer left that can be fused: there are fused forms of {', '.join(LAYERS)}"
         )
-    layers = {path: layer for path, layer in known.items() if _has_codes(layer)}
+    layers = {path: layer for path, layer in known.items() if _is_quantized(layer)}
     if not layers:
-        raise ModelError(
-            f"no layer of this {type(model).__name__} has quantized inputs: quantize it with `activations` of 8 bits"
-        )
+        raise ModelError(f"no layer of this {type(model).__name__} is quantized: quantize it first")
     for path, layer in layers.items():
         _check(path, layer, LAYERS[type(layer).__name__])
     for layer in layers.values():
@@ -93,26 +95,27 @@ def fuse(model: nn.Module) -> int:
     return len(layers)
 
 
-def _has_codes(module: nn.Module) -> bool:
-    return any(isinstance(part, IntegerLinear) for part in module.modules())
+def _is_quantized(module: nn.Module) -> bool:
+    return any(isinstance(part, Linear) for part in module.modules())
 
 
 def _check(path: str, layer: nn.Module, parts: Parts) -> None:
     """ModelError unless the layer can be fused."""
     if hasattr(layer, "crossattention"):
         raise ModelError(f"{path} reads an encoder, which no fused layer does: leave this model as it is")
-    reads = parts.qkv if any(_has_codes(layer.get_submodule(name)) for name in parts.qkv) else ()
+    reads = parts.qkv if any(_is_quantized(layer.get_submodule(name)) for name in parts.qkv) else ()
     for name in (*reads, parts.out, *parts.up, parts.down):
         if obstacle := _obstacle(layer.get_submodule(name)):
             raise ModelError(f"{path}.{name} {obstacle}")
     for names in (reads, parts.up):
         linears = _linears(layer, names)
-        if len({(str(linear.format), str(linear.activations), linear._dtype.dtype) for linear in linears}) > 1:
+        if len({_kind(linear) for linear in linears}) > 1:
             raise ModelError(
                 f"{', '.join(names)} of {path} are not of one format, and are fused to one weight: give them the same "
                 "in the recipe"
             )
-        scales = {float(linear.input_scale) for linear in linears if linear.input_scale is not None}
+        integer = [linear for linear in linears if isinstance(linear, IntegerLinear)]
+        scales = {float(linear.input_scale) for linear in integer if linear.input_scale is not None}
         if len(scales) > 1:
             raise ModelError(
                 f"{', '.join(names)} of {path} read one input with the scales {sorted(scales)}: calibrate them "
@@ -120,13 +123,24 @@ def _check(path: str, layer: nn.Module, parts: Parts) -> None:
             )
 
 
+def _kind(linear: Linear) -> tuple[object, ...]:
+    """Linears of one kind can be one linear."""
+    if isinstance(linear, QuantizedLinear):
+        return QuantizedLinear, str(linear.format), linear.group_size, linear._activations.dtype
+    return IntegerLinear, str(linear.format), str(linear.activations), linear._dtype.dtype
+
+
 def _obstacle(linear: nn.Module) -> str | None:
     """Why a linear cannot be part of a fused layer, with the remedy; None where it can."""
-    if not isinstance(linear, IntegerLinear):
-        return f"is a {type(linear).__name__}: quantize its weight and its input to 8 bits, or load without fusing"
-    inputs = linear.activations
+    if not isinstance(linear, Linear):
+        return f"is a {type(linear).__name__}: quantize it, or load without fusing"
+    if has_rotation(linear):
+        return "reads its input rotated at run time: quantize with `online: []`, or load without fusing"
     if linear.kernel == UNPREPARED:
         return "is not prepared: call prepare with the dtype of the activations"
+    if isinstance(linear, QuantizedLinear):
+        return None
+    inputs = linear.activations
     if (
         linear.weight is None
         or linear.weight_zero_point is not None
@@ -136,16 +150,16 @@ def _obstacle(linear: nn.Module) -> str | None:
             f"has a weight of {linear.format} in {linear.format.stored}, not of symmetric int8 per channel in bytes: "
             "choose `bits: 8`, `granularity: {kind: channel}`, `stored: bytes` and a symmetric convention"
         )
-    if inputs.outliers is not None or not inputs.symmetric or inputs.bits != 8:
-        return f"has inputs of {inputs}, not symmetric ones of 8 bits without split: load without fusing"
+    if inputs.outliers is not None or not inputs.symmetric or inputs.bits != 8 or inputs.clip < 1:
+        return f"has inputs of {inputs}, not symmetric ones of 8 bits without split or clip: load without fusing"
     if inputs.dynamic and inputs.granularity != "token":
         return f"has inputs of {inputs}, not per token or static: choose `granularity: token`"
     return None
 
 
-def _linears(layer: nn.Module, names: Sequence[str]) -> list[IntegerLinear]:
+def _linears(layer: nn.Module, names: Sequence[str]) -> list[Linear]:
     found = [layer.get_submodule(name) for name in names]
-    return [linear for linear in found if isinstance(linear, IntegerLinear)]
+    return [linear for linear in found if isinstance(linear, Linear)]
 
 
 def _fuse(layer: Any, parts: Parts) -> None:
@@ -155,7 +169,7 @@ def _fuse(layer: Any, parts: Parts) -> None:
     layer.forward = MethodType(parts.forward, layer)  # the layer keeps its class, by which transformers finds it
 
 
-def _taken(layer: nn.Module, names: Sequence[str]) -> IntegerLinear:
+def _taken(layer: nn.Module, names: Sequence[str]) -> Linear:
     """The linears of these names as one; in their places are stand-ins, so that the weights are in memory once."""
     linears, first = _linears(layer, names), 0
     if len(linears) == 1:
@@ -167,10 +181,26 @@ def _taken(layer: nn.Module, names: Sequence[str]) -> IntegerLinear:
     return _concatenated(linears)
 
 
-def _concatenated(linears: Sequence[IntegerLinear]) -> IntegerLinear:
+def _concatenated(linears: Sequence[Linear]) -> Linear:
     """One linear that gives what these give, side by side."""
-    first, device = linears[0], linears[0].weight_scale.device
-    outs = [linear.out_features for linear in linears]
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        bias = torch.cat([_bias(linear) for linear in linears])
+    integer = [linear for linear in linears if isinstance(linear, IntegerLinear)]
+    if integer:
+        return _integers(integer, bias)
+    return _weights([linear for linear in linears if isinstance(linear, QuantizedLinear)], bias)
+
+
+def _bias(linear: Linear) -> Tensor:
+    if linear.bias is not None:
+        return linear.bias
+    dtype = linear._dtype.dtype if isinstance(linear, IntegerLinear) else linear._activations.dtype
+    return torch.zeros(linear.out_features, dtype=dtype, device=linear.weight_scale.device)
+
+
+def _integers(linears: Sequence[IntegerLinear], bias: Tensor | None) -> IntegerLinear:
+    first, outs = linears[0], sum(linear.out_features for linear in linears)
     scales = [linear.weight_scale.view(-1, 1).expand(linear.out_features, 1) for linear in linears]
     tensors = {
         "weight": torch.cat([linear.get_buffer("weight") for linear in linears]),
@@ -178,12 +208,15 @@ def _concatenated(linears: Sequence[IntegerLinear]) -> IntegerLinear:
     }
     if first.input_scale is not None:
         tensors["input_scale"] = first.input_scale
-    bias, dtype = None, first._dtype.dtype
-    if any(linear.bias is not None for linear in linears):
-        bias = torch.cat(
-            [torch.zeros(out, dtype=dtype, device=device) if linear.bias is None else linear.bias
-             for linear, out in zip(linears, outs, strict=True)]
-        )  # fmt: skip
     format = first.format.model_copy(update={"granularity": PerChannel()})
-    whole = IntegerLinear(first.in_features, sum(outs), format, first.activations, bias=bias is not None, device="meta")
-    return whole.fill(tensors, bias).prepare(dtype)
+    whole = IntegerLinear(first.in_features, outs, format, first.activations, bias=bias is not None, device="meta")
+    return whole.fill(tensors, bias).prepare(first._dtype.dtype)
+
+
+def _weights(linears: Sequence[QuantizedLinear], bias: Tensor | None) -> QuantizedLinear:
+    first = linears[0]
+    found = [linear.stored() for linear in linears]
+    points = [part.grid.zero_points for part in found if part.grid.zero_points is not None]
+    grid = Grid(torch.cat([part.grid.scales for part in found]), torch.cat(points) if points else None)
+    whole = QuantizedWeight(torch.cat([part.codes for part in found]), grid, found[0].format)
+    return QuantizedLinear.from_weight(whole, bias).prepare(first._activations.dtype)

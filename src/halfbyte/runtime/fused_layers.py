@@ -8,7 +8,8 @@
     output linear, then its sum with x             codes of each token; product, scales, bias and x in one pass
     gelu, or silu(gate) · up                       activation and codes in one pass
 
-A static input has its scale beforehand: there the model's own norm or activation runs, and then one pass to codes.
+A static input has its scale beforehand: there the model's own norm or activation runs, and then one pass to codes. Where
+weights alone are quantized there are no codes: only the products are joined.
 """
 
 from typing import Any
@@ -28,9 +29,15 @@ from halfbyte.kernels.token_quantize import (
 )
 from halfbyte.kernels.w8a8 import int8_matmul
 from halfbyte.runtime.integer_linear import IntegerLinear
+from halfbyte.runtime.linear import QuantizedLinear
+
+Linear = IntegerLinear | QuantizedLinear
 
 Codes = tuple[Int8[Tensor, "tokens in"], Float32[Tensor, "tokens"] | Float32[Tensor, "1"]]
 """Of tokens, and one scale for each or one for all."""
+
+Read = Codes | Float[Tensor, "tokens in"]
+"""What a linear reads: codes, or tokens as they are where its weight alone is quantized."""
 
 # transformers' and torch's classes of activation functions that have a kernel; any other runs as it is
 SILU = ("SiLUActivation", "SiLU")
@@ -45,7 +52,7 @@ GELU: dict[str, Approximation] = {
 class FusedLinears(nn.Module):
     """The products of a layer. `qkv` is None where attention multiplies its input itself."""
 
-    def __init__(self, qkv: IntegerLinear | None, out: IntegerLinear, up: IntegerLinear, down: IntegerLinear) -> None:
+    def __init__(self, qkv: Linear | None, out: Linear, up: Linear, down: Linear) -> None:
         super().__init__()
         self.qkv, self.out, self.up, self.down = qkv, out, up, down
 
@@ -107,54 +114,62 @@ def _sequences(rows: Float[Tensor, "tokens out"], like: Float[Tensor, "batch len
 
 
 def product(
-    codes: Codes, linear: IntegerLinear, dtype: torch.dtype, residual: Float[Tensor, "tokens out"] | None = None
+    read: Read, linear: Linear, dtype: torch.dtype, residual: Float[Tensor, "tokens out"] | None = None
 ) -> Float[Tensor, "tokens out"]:
-    """What `linear` gives for these codes, plus the residual, rounded once."""
+    """What `linear` gives for what it reads, plus the residual; of codes rounded once."""
+    if isinstance(linear, QuantizedLinear):
+        assert isinstance(read, Tensor)
+        return linear(read) if residual is None else residual + linear(read)
     assert linear.weight is not None
-    x, x_scales = codes
+    x, x_scales = read
     return int8_matmul(
         x, x_scales, linear.weight, linear._scales[:, 0], bias=linear.bias, residual=residual, dtype=dtype
     )
 
 
-def of_tokens(x: Float[Tensor, "tokens in"], linear: IntegerLinear) -> Codes:
+def finds_scales(linear: Linear) -> bool:
+    """Whether its tokens become codes by scales that are found at run time."""
+    return isinstance(linear, IntegerLinear) and linear.input_scale is None
+
+
+def of_tokens(x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """x as `linear` reads it."""
+    if isinstance(linear, QuantizedLinear):
+        return x
     if linear.input_scale is not None:
         return quantize_static(x, linear.input_scale), linear.input_scale
     found = quantize_tokens(x)
     return found.codes, found.scales
 
 
-def after_rms_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: IntegerLinear) -> Codes:
+def after_rms_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """norm(x) as `linear` reads it."""
-    if linear.input_scale is not None:
+    if not finds_scales(linear):
         return of_tokens(norm(x), linear)
     found, _ = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, rounds_before_weight=True)
     return found.codes, found.scales
 
 
-def after_layer_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: IntegerLinear) -> Codes:
+def after_layer_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """norm(x) as `linear` reads it."""
-    if linear.input_scale is not None:
+    if not finds_scales(linear):
         return of_tokens(norm(x), linear)
     found, _ = layer_norm_quantize(x, norm.weight, norm.bias, norm.eps)
     return found.codes, found.scales
 
 
-def after_gate(mlp: Any, inner: Float[Tensor, "tokens gates_and_ups"], linear: IntegerLinear) -> Codes:
+def after_gate(mlp: Any, inner: Float[Tensor, "tokens gates_and_ups"], linear: Linear) -> Read:
     """act(gate) · up as `linear` reads it. `mlp`: the model's own, between stand-ins."""
-    if linear.input_scale is not None or type(mlp.act_fn).__name__ not in SILU:
+    if not finds_scales(linear) or type(mlp.act_fn).__name__ not in SILU:
         return of_tokens(mlp(inner), linear)
     found = silu_mul_quantize(inner)
     return found.codes, found.scales
 
 
-def after_activation(
-    activation: nn.Module, mlp: nn.Module, inner: Float[Tensor, "tokens in"], linear: IntegerLinear
-) -> Codes:
+def after_activation(activation: nn.Module, mlp: nn.Module, inner: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """activation(inner) as `linear` reads it. `mlp`: the model's own module around it, between stand-ins."""
     approximate = GELU.get(type(activation).__name__)
-    if linear.input_scale is not None or approximate is None:
+    if not finds_scales(linear) or approximate is None:
         return of_tokens(mlp(inner), linear)
     found = gelu_quantize(inner, approximate=approximate)
     return found.codes, found.scales

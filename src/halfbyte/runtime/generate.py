@@ -7,7 +7,9 @@ import torch
 from halfbyte.calibration.encoders import fills_masks
 from halfbyte.calibration.text import longest_sequence
 from halfbyte.errors import ModelError
+from halfbyte.runtime.cache_plan import chosen_plan, using_cache
 from halfbyte.runtime.load import AnyRecipe, Pair, opened
+from halfbyte.scheme import CacheFormat
 
 
 @torch.no_grad()
@@ -19,6 +21,7 @@ def generate(
     sample: bool = False,
     seed: int = 0,
     recipe: AnyRecipe | None = None,
+    kv_cache: str | CacheFormat | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> str:
@@ -26,8 +29,9 @@ def generate(
 
     The likeliest token every time, or with `sample` one drawn from the model's distribution; the same `seed` draws the
     same text. `model` is a folder, a hub name, or a loaded (model, tokenizer) pair, for which `device` and `dtype` mean
-    nothing; with `recipe` a folder is quantized while it is loaded, as `load` does it. ModelError where the prompt is
-    empty or leaves the model's positions, or the model is an encoder.
+    nothing; with `recipe` a folder is quantized while it is loaded, as `load` does it. `kv_cache`: the format of past
+    keys and values, by value or name (runtime/cache_plan.py); "float" for none, None for the checkpoint's. ModelError
+    where the prompt is empty or leaves the model's positions, or the model is an encoder.
     """
     network, tokenizer = opened(model, recipe=recipe, device=device, dtype=dtype)
     if fills_masks(network):
@@ -48,7 +52,8 @@ def generate(
     ending = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # top_k 0 and the like: a folder's generation_config.json may narrow the distribution, which nobody asked for here
     choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
-    with torch.random.fork_rng(devices=[network.device] if network.device.type == "cuda" else []):
+    devices = [network.device] if network.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), using_cache(network, chosen_plan(network, kv_cache)):
         torch.manual_seed(seed)
         written = network.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=ending, **choice)
     return tokenizer.decode(written[0, length:], skip_special_tokens=True)

@@ -7,6 +7,7 @@ the checkpoint, and `prepare` chooses what runs. Each call quantizes its tokens,
     one symmetric scale per output            one scale per token, or for all      kernels/w8a8
     likewise                                  with an outlier split                kernels/llm_int8
     groups, zero points; words on a GPU       any                                  kernels/w4a8
+    integer scales in groups or per output    one scale per token, or for all      kernels/w4a8_integer
     any other with an outlier split           likewise                             kernels/w4a8, and the columns in float32
 
 Which of the two a pair of formats gets is decided in runtime/replacement.py.
@@ -24,18 +25,21 @@ from halfbyte.kernels import w4a8
 from halfbyte.kernels.llm_int8 import llm_int8_matmul, outlier_scratch, static_outlier_matmul, static_outliers
 from halfbyte.kernels.w8a8 import MAX_INS_WITH_ZEROS, int8_matmul, route
 from halfbyte.kernels.w8a8.cpu import product_is_exact
+from halfbyte.layouts import integer_scales
 from halfbyte.layouts.inputs import SUFFIXES, read_inputs, write_inputs
 from halfbyte.layouts.layout import resolved
 from halfbyte.numerics.quantized import QuantizedModule
 from halfbyte.packing import int32_words
 from halfbyte.runtime.codes import encode, encode_split
+from halfbyte.runtime.integer_scales import IntegerScales, certified
 from halfbyte.runtime.linear import LAYOUT, UNPREPARED
 from halfbyte.runtime.rooms import input_room, weight_room
 from halfbyte.scheme import ActivationFormat, WeightFormat
 
 TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", *SUFFIXES)
+TENSORS += integer_scales.SUFFIXES
 
-Route = Literal["w8a8", "w4a8", "llm_int8", "split"]
+Route = Literal["w8a8", "w4a8", "w4a8_integer", "llm_int8", "split"]
 
 
 class IntegerLinear(nn.Module):
@@ -49,6 +53,8 @@ class IntegerLinear(nn.Module):
     weight_scale: Tensor
     weight_shape: Tensor | None
     weight_zero_point: Tensor | None
+    weight_amplifier: Tensor | None
+    weight_reach: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     outlier_columns: Tensor | None
@@ -96,6 +102,7 @@ class IntegerLinear(nn.Module):
                 f"{self.in_features}: config.json and the tensors do not belong together"
             )
         read_inputs(tensors, self.activations, *shape)
+        LAYOUT.read_grid(tensors, self.format)  # refuses scales that cannot be
         for name in TENSORS:
             if getattr(self, name) is not None:
                 setattr(self, name, tensors[name])
@@ -118,7 +125,10 @@ class IntegerLinear(nn.Module):
         if self.weight_scale.is_meta:
             return self
         groups = 1 if self.weight_scale.dim() == 1 else self.weight_scale.shape[1]
-        self._scales = self.weight_scale.float().view(-1, groups).expand(self.out_features, groups).contiguous()
+        scales = self.weight_scale.float().view(-1, groups)
+        if self.weight_amplifier is not None:
+            scales = scales / self.weight_amplifier[:, None]
+        self._scales = scales.expand(self.out_features, groups).contiguous()
         self._zeros = self._signed_zeros()
         tensors = {name: getattr(self, name) for name in SUFFIXES if getattr(self, name) is not None}
         self._inputs, _ = read_inputs(tensors, self.activations, self.out_features, self.in_features)
@@ -126,6 +136,7 @@ class IntegerLinear(nn.Module):
         input_groups = self.in_features // (self.activations.group_size or self.in_features)
         self._run = w4a8.run_size(self.in_features, input_groups, groups)
         self._codes = self._chosen_codes()
+        self._integers = self._certified()
         self._sums = None
         if self._route in ("w8a8", "llm_int8") and not self.activations.symmetric:
             self._sums = self._codes.sum(dim=1, dtype=torch.int32)
@@ -156,6 +167,8 @@ class IntegerLinear(nn.Module):
         plain = self._zeros is None and self._scales.shape[1] == 1
         if self.activations.outliers is not None:
             return "llm_int8" if plain else "split"
+        if self.weight_amplifier is not None and self.activations.granularity != "group":
+            return "w4a8_integer"
         words = self.weight_packed is not None and self._readable_words
         fits = self.activations.granularity != "group" and self.in_features <= MAX_INS_WITH_ZEROS
         return "w8a8" if plain and fits and not words else "w4a8"
@@ -170,12 +183,29 @@ class IntegerLinear(nn.Module):
         if self.weight is not None:
             return self.weight
         assert self.weight_packed is not None
-        if self._route == "w4a8" and self._readable_words:
+        grouped = self._route in ("w4a8", "w4a8_integer")
+        if grouped and self._readable_words:
             return self.weight_packed
         codes = w4a8.signed_codes(self.weight_packed, self.format.bits, self.in_features)
-        if self._route == "w4a8" and not codes.is_cuda:
-            return w4a8.runs_of(codes, self._run)
+        if grouped and not codes.is_cuda:
+            return w4a8.runs_of(codes, self._group if self._route == "w4a8_integer" else self._run)
         return codes
+
+    @property
+    def _group(self) -> int:
+        return self.in_features // self._scales.shape[1]
+
+    def _certified(self) -> IntegerScales | None:
+        """Integer scales, whose certificate holds for the codes that are here. None: the scales are floats."""
+        if self.weight_amplifier is None or self.weight_reach is None:
+            return None
+        codes = self.weight
+        if codes is None:
+            assert self.weight_packed is not None
+            codes = w4a8.signed_codes(self.weight_packed, self.format.bits, self.in_features)
+        return certified(
+            codes, self.weight_scale, self.weight_amplifier, self.weight_reach, self._zeros, self.activations
+        )
 
     def _decoded(self, columns: Int32[Tensor, "n"]) -> Float[Tensor, "out n"]:
         """Columns of the weight from their codes, in float32."""
@@ -195,6 +225,8 @@ class IntegerLinear(nn.Module):
                 return f"w8a8 triton {route('cuda', self._codes, self._codes, self._dtype.dtype, capability)}"
             case "w4a8":
                 return f"w4a8 {on}, {self._run} inputs a run"
+            case "w4a8_integer":
+                return f"w4a8 integer scales {on}, groups of {self._group}"
             case "split":
                 return f"w4a8 {on}, {self._run} inputs a run, and split columns"
             case other:
@@ -218,6 +250,10 @@ class IntegerLinear(nn.Module):
                 return self._plain_product(rows)
             case "w4a8":
                 return self._grouped_product(rows)
+            case "w4a8_integer":
+                assert self._integers is not None
+                found = encode(rows, self._inputs)
+                return self._integers.times(found, self._codes, self.format.bits, self.bias, rows.dtype)
             case "llm_int8":
                 return self._mixed_product(rows)
             case _:
@@ -289,9 +325,11 @@ class IntegerLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerLinear":
         """What `to` and its like call. Scales keep their stored type, as a cast would round them."""
         scales, input_scale, ready = self.weight_scale, self.input_scale, self.kernel != UNPREPARED
+        amplifier = self.weight_amplifier
         super()._apply(fn, recurse)
         self._dtype = fn(self._dtype)
         if not scales.is_meta:
             self.weight_scale = scales.to(self.weight_scale.device)
+            self.weight_amplifier = None if amplifier is None else amplifier.to(self.weight_scale.device)
             self.input_scale = None if input_scale is None else input_scale.to(self.weight_scale.device)
         return self.prepare(self._dtype.dtype) if ready else self

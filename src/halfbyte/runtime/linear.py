@@ -22,14 +22,14 @@ from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.kernels.w4a16 import GEMV_TOKENS, cpu, route, tensor_cores, wna16_matmul
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
 from halfbyte.kernels.w4a16.tilings import stream_tokens
-from halfbyte.layouts.compressed_tensors import CompressedTensors
+from halfbyte.layouts.compressed_tensors import OWN
 from halfbyte.layouts.layout import resolved
 from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.packing import int32_words
 from halfbyte.runtime.rooms import weight_room
 from halfbyte.scheme import WeightFormat
 
-LAYOUT = CompressedTensors()
+LAYOUT = OWN
 TENSORS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 MANY_TOKENS = 2**20
 UNPREPARED = "none: not prepared"
@@ -130,6 +130,14 @@ class QuantizedLinear(nn.Module):
         if isinstance(self._prepared, TensorCoreWeight):
             self.weight_packed = tensor_cores.checkpoint_words(self._prepared)
         self._prepared = None
+
+    def stored(self) -> QuantizedWeight:
+        """The weight as codes on its grid."""
+        words = self.weight_packed
+        if isinstance(self._prepared, TensorCoreWeight):
+            words = tensor_cores.checkpoint_words(self._prepared)
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        return LAYOUT.read(tensors | {"weight_packed": words}, self.format)
 
     def _few_tokens(self) -> int:
         if self._prepared is None:

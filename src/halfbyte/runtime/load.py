@@ -14,8 +14,12 @@ import transformers
 from torch import nn
 
 from halfbyte.errors import CheckpointError, FormatError, HalfbyteError, RecipeError
-from halfbyte.layouts import LAYOUTS, inputs, layout_of
+from halfbyte.layouts import inputs, layout_of
+from halfbyte.layouts.cache import cache_format
+from halfbyte.layouts.compressed_tensors import OWN
+from halfbyte.layouts.embeddings import SCALE, embedding_formats, read_embedding
 from halfbyte.layouts.layout import Layout
+from halfbyte.layouts.rotations import online_inputs
 from halfbyte.machine import pick_device
 from halfbyte.models.load import (
     Skeleton,
@@ -27,11 +31,17 @@ from halfbyte.models.load import (
     read_config,
     skeleton,
 )
+from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.recipe import Recipe
+from halfbyte.runtime.cache_plan import attach_cache, stored_plan
+from halfbyte.runtime.embedding import replace_tables
 from halfbyte.runtime.fused import fuse
-from halfbyte.runtime.on_the_fly import quantize_linears
+from halfbyte.runtime.integer_linear import IntegerLinear
+from halfbyte.runtime.linear import QuantizedLinear
+from halfbyte.runtime.on_the_fly import quantize_linears, rounded_tables
+from halfbyte.runtime.online import add_rotations
 from halfbyte.runtime.replacement import from_checkpoint
-from halfbyte.scheme import ActivationFormat, WeightFormat
+from halfbyte.scheme import ActivationFormat, OnlineHadamard, WeightFormat
 
 Pair = tuple[Any, Any]
 """A transformers model and its tokenizer."""
@@ -42,8 +52,15 @@ Formats = tuple[WeightFormat, ActivationFormat | None]
 AnyRecipe = Recipe | str | Path | Mapping[str, Any]
 """A recipe, the name of a shipped one, a file, or its fields."""
 
-OWN_METHOD = "halfbyte"
-OWN_LAYOUT = LAYOUTS["compressed-tensors"]  # the tensors of our own method, and what our linears run
+OWN_METHOD = OWN.name
+OWN_WORDS = (
+    "a past-only cache",
+    "Hadamard products at run time",
+    "inputs with outliers split off",
+    "inputs that are clipped",
+    "tables of embeddings in 8 bits",
+)
+"""What no other reader of compressed-tensors runs, and this one does."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -104,7 +121,9 @@ def load_model(
         bones = skeleton(folder, trust_remote_code=trust_remote_code, refuse_quantized=True)
         dtype = dtype or _own_dtype(bones, files)
         paths = quantize_linears(bones, files, Recipe.load(recipe), place, dtype)
-        return _completed(bones, files, paths, place, dtype)
+        model = completed(bones, files, paths, place, dtype)
+        replace_tables(model, rounded_tables(bones, Recipe.load(recipe)), dtype)
+        return model
     if quantization := quantization_of(folder):
         bones = skeleton(folder, trust_remote_code=trust_remote_code)
         return _load_quantized(files, quantization, bones, place, dtype)
@@ -140,8 +159,8 @@ def layout_and_formats(quantization: Mapping[str, Any], bones: Skeleton) -> tupl
 
     Keys are paths in the skeleton. CheckpointError for what we cannot read or cannot run.
     """
-    layout = OWN_LAYOUT if quantization.get("quant_method") == OWN_METHOD else layout_of(quantization)
-    if beyond := layout.beyond_weights(quantization):
+    layout = layout_of(quantization)
+    if beyond := [asked for asked in layout.beyond_weights(quantization) if asked not in OWN_WORDS]:
         raise CheckpointError(
             f"the checkpoint asks for {' and '.join(beyond)}, which would be left out here: use the program that wrote "
             "it"
@@ -156,7 +175,7 @@ def layout_and_formats(quantization: Mapping[str, Any], bones: Skeleton) -> tupl
         for path, name in zip(paths, on_disk, strict=True)
         if name in formats and (path.startswith(bones.blocks_name) or path in outside)
     }
-    if not found:
+    if not found and cache_format(quantization) is None:
         raise CheckpointError(
             "quantization_config selects none of the model's linear layers: config.json and the model do not belong "
             "together"
@@ -182,20 +201,53 @@ def _load_quantized(
         tensors = {suffix: files.read(name) for suffix, name in names.items() if name in files}
         bias = None if linear.bias is None else files.read(bones.stored_name(f"{path}.bias", files))
         try:
-            replacement = from_checkpoint(linear, layout, tensors, bias, format, activations)
+            replacement = from_checkpoint(linear, layout, tensors, bias, format, activations).to(device).prepare(dtype)
         except HalfbyteError as cause:
             raise CheckpointError(f"{bones.disk_path(path)} in {files.folder}: {cause}") from cause
-        bones.model.set_submodule(path, replacement.to(device).prepare(dtype))
+        bones.model.set_submodule(path, replacement)
         used |= {names[suffix] for suffix in tensors}
     if left := [name for name in files if name.rpartition(".")[2] in layout.suffixes and name not in used]:
         raise CheckpointError(
             f"{files.folder} holds {_some(left)}, which belong to no quantized layer of its config.json: the two do "
             "not belong together"
         )
-    return _completed(bones, files, formats, device, dtype)
+    model = completed(bones, files, formats, device, dtype)
+    replace_tables(model, _tables(quantization, bones, files), dtype)
+    add_rotations(model, rotated_inputs(quantization, bones))
+    attach_cache(model, stored_plan(model, quantization, bones.disk_path, files))
+    return model
 
 
-def _completed(
+def _tables(quantization: Mapping[str, Any], bones: Skeleton, files: WeightFiles) -> dict[str, QuantizedWeight]:
+    """Path of a table of embeddings -> its codes. CheckpointError where one is not there."""
+    formats = embedding_formats(quantization)
+    paths = {
+        bones.disk_path(path): path for path, module in bones.model.named_modules() if isinstance(module, nn.Embedding)
+    }
+    if unknown := sorted(formats.keys() - paths.keys()):
+        raise CheckpointError(f"config.json calls {_some(unknown)} a quantized table, and the model has none there")
+    found = {}
+    for name, format in formats.items():
+        names = {suffix: bones.stored_name(f"{paths[name]}.{suffix}", files) for suffix in ("weight", SCALE)}
+        tensors = {suffix: files.read(stored) for suffix, stored in names.items() if stored in files}
+        try:
+            found[paths[name]] = read_embedding(tensors, format)
+        except CheckpointError as cause:
+            raise CheckpointError(f"{name} in {files.folder}: {cause}") from cause
+    return found
+
+
+def rotated_inputs(quantization: Mapping[str, Any], bones: Skeleton) -> dict[str, OnlineHadamard]:
+    """Path of a linear -> what is done to its input at run time."""
+    linears = {
+        bones.disk_path(path): path
+        for path, module in bones.model.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear | IntegerLinear)
+    }
+    return {linears[name]: online for name, online in online_inputs(quantization, list(linears)).items()}
+
+
+def completed(
     bones: Skeleton, files: WeightFiles, quantized: Iterable[str], device: torch.device, dtype: torch.dtype
 ) -> Any:
     """The model, once the linears at `quantized` are replaced: everything else is read."""

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from halfbyte.errors import HalfbyteError, RecipeError
 from halfbyte.models.load import Skeleton, WeightFiles, materialize
 from halfbyte.numerics.activations import InputQuantizer
-from halfbyte.numerics.quantized import QuantizedModule, along_rows
-from halfbyte.plan import ModulePlan, plan_modules
+from halfbyte.numerics.certificate import TOKEN_INPUTS
+from halfbyte.numerics.grid import fit
+from halfbyte.numerics.integer_scales import on_integer_grid
+from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, along_rows, round_to_grid
+from halfbyte.plan import ModulePlan, plan_modules, plan_tables
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.replacement import from_module
 
@@ -24,6 +27,11 @@ def quantize_linears(
 
     RecipeError for a recipe that needs data, or that does not fit the model.
     """
+    if recipe.rotation is not None:
+        raise RecipeError(
+            f"recipe {recipe.name!r} rotates the whole model, which is not done while one is loaded: quantize once "
+            f"(`halfbyte quantize {files.folder} -r {recipe.name} -o OUT`) and load the result"
+        )
     if recipe.needs_data:
         raise RecipeError(
             f"recipe {recipe.name!r} needs calibration text, which there is none of while a model is loaded: quantize "
@@ -47,12 +55,17 @@ def _replace(
     materialize(bones, files, [(plan.path, linear)], device, dtype=None)
     weight = linear.weight.float()
     try:
-        rounded = along_rows(recipe.rounding.quantize(weight, plan.format, None))
+        rounded = on_integer_grid(
+            lambda weight, format: recipe.rounding.quantize(weight, format, None),
+            weight,
+            plan.format,
+            plan.activations or TOKEN_INPUTS,
+        )
     except HalfbyteError as cause:
         raise type(cause)(f"{plan.path}: {cause}") from cause
     inputs = None if plan.activations is None else InputQuantizer(plan.activations)
     bias = None if linear.bias is None else linear.bias.data
-    module = QuantizedModule(rounded, inputs, _kept(linear.weight.data, plan))
+    module = QuantizedModule(along_rows(rounded), inputs, _kept(linear.weight.data, plan))
     bones.model.set_submodule(plan.path, from_module(module, bias).prepare(dtype))
 
 
@@ -60,3 +73,13 @@ def _kept(weight: Tensor, plan: ModulePlan) -> Tensor | None:
     """All columns, where a dynamic outlier split multiplies them as the model has them."""
     split = None if plan.activations is None else plan.activations.outliers
     return weight if split is not None and split.weights == "kept" else None
+
+
+@torch.no_grad()
+def rounded_tables(bones: Skeleton, recipe: Recipe) -> dict[str, QuantizedWeight]:
+    """The tables of embeddings that the recipe quantizes, by path, of a model that has its weights."""
+    rounded = {}
+    for path, format in plan_tables(bones, recipe).items():
+        weight = bones.model.get_parameter(f"{path}.weight").float()
+        rounded[path] = round_to_grid(weight, fit(weight, format), format)
+    return rounded

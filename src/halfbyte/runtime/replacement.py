@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from halfbyte.layouts.compressed_tensors import CompressedTensors
 from halfbyte.layouts.inputs import write_inputs
 from halfbyte.layouts.layout import Layout
 from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight
@@ -56,7 +57,7 @@ def from_checkpoint(
     activations: ActivationFormat | None,
 ) -> Replacement:
     """What runs these tensors in place of `linear`. CheckpointError where they are not of these formats and its shape."""
-    if layout.name != LAYOUT.name or (activations is None and format.stored == "bytes"):
+    if not isinstance(layout, CompressedTensors) or (activations is None and format.stored == "bytes"):
         weight = layout.read(tensors, format)
         format = in_words(weight.format)
         tensors = LAYOUT.write(QuantizedWeight(weight.codes, weight.grid, format))

@@ -6,16 +6,23 @@ from torch import Tensor
 from halfbyte.layouts.layout import scale_dtype
 from halfbyte.numerics.grid import scales_shape
 from halfbyte.packing import int32_words
-from halfbyte.scheme import ActivationFormat, FloatScale, PerTensor, WeightFormat
+from halfbyte.scheme import ActivationFormat, FloatScale, IntegerScale, PerTensor, WeightFormat
 
 
 def weight_room(out: int, columns: int, format: WeightFormat, device: str | None = None) -> dict[str, Tensor]:
     """The tensors of an [out, columns] weight (layouts/compressed_tensors.py), uninitialised."""
     rows, groups = scales_shape(out, columns, format.granularity)
     scales = (1,) if format.granularity == PerTensor() else (rows, groups)
-    # float32 holds every type that scales are stored in
-    stored = torch.float32 if format.scale == FloatScale(dtype="model") else scale_dtype(format)
-    tensors = {"weight_scale": torch.empty(scales, dtype=stored, device=device)}
+    if isinstance(format.scale, IntegerScale):
+        tensors = {
+            "weight_scale": torch.empty(scales, dtype=torch.int16, device=device),  # which holds uint8 too
+            "weight_amplifier": torch.empty(out, device=device),
+            "weight_reach": torch.empty(out, dtype=torch.int32, device=device),
+        }
+    else:
+        # float32 holds every type that scales are stored in
+        stored = torch.float32 if format.scale == FloatScale(dtype="model") else scale_dtype(format)
+        tensors = {"weight_scale": torch.empty(scales, dtype=stored, device=device)}
     if format.stored == "bytes":
         tensors["weight"] = torch.empty(out, columns, dtype=torch.int8, device=device)
         zeros = torch.empty(rows, groups, dtype=torch.int8, device=device)

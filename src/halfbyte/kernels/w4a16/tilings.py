@@ -43,19 +43,29 @@ Tiling = Stream | Block
 
 # rows: at most so many tokens; the last row is for more, too
 TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-# columns: at least so many outputs. Of an H200's 132 multiprocessors, the second column gives every one a block of 64
-# outputs or two, the third three or more
-OUTS = (0, 16384, 25344)
+# columns: at least so many outputs. Of an H200's 132 multiprocessors, the third column gives every one a block of 64
+# outputs or two, the fourth three or more; in the second it takes blocks of 32 for that
+OUTS = (0, 6144, 16384, 25344)
 TABLE: tuple[tuple[Tiling, ...], ...] = (
-    (Stream(8, 32, 4, 2, 3, 4), Stream(8, 64, 4, 2, 3, 1), Stream(8, 64, 2, 2, 4, 1)),
-    (Block(16, 4, 1, 2, 7, True), Stream(16, 64, 2, 2, 3, 1), Stream(16, 64, 2, 2, 3, 1)),
-    (Block(32, 2, 1, 2, 9, True), Block(32, 4, 1, 2, 6, False), Block(32, 4, 1, 2, 6, False)),
-    (Block(64, 2, 1, 2, 3, True), Block(64, 4, 1, 2, 4, False), Block(64, 4, 1, 2, 4, False)),
-    (Block(128, 2, 1, 2, 3, True), Block(128, 2, 2, 2, 3, False), Block(128, 2, 2, 2, 3, False)),
-    (Block(128, 2, 1, 2, 3, True), Block(128, 2, 1, 2, 3, False), Block(256, 2, 1, 1, 3, False)),
-    (Block(128, 2, 1, 2, 3, False), Block(256, 2, 1, 1, 4, False), Block(256, 2, 1, 1, 4, False)),
-    (Block(128, 2, 2, 2, 3, False), Block(256, 2, 1, 1, 4, True), Block(256, 2, 1, 1, 4, False, 16)),
-    (Block(256, 2, 1, 2, 2, False), Block(256, 2, 1, 2, 2, False), Block(256, 2, 1, 2, 2, False)),
+    (Stream(8, 32, 4, 2, 3, 4), Stream(8, 32, 4, 2, 4, 1), Stream(8, 64, 4, 2, 3, 1), Stream(8, 64, 2, 2, 4, 1)),
+    (Stream(16, 32, 4, 2, 4, 2), Stream(16, 32, 4, 2, 4, 1), Stream(16, 64, 2, 2, 3, 1), Stream(16, 64, 2, 2, 3, 1)),
+    (
+        Block(32, 2, 1, 2, 9, True),
+        Block(32, 2, 1, 2, 9, True),
+        Block(32, 4, 1, 2, 6, False),
+        Block(32, 4, 1, 2, 6, False),
+    ),
+    (
+        Block(64, 2, 1, 2, 3, True),
+        Block(64, 2, 1, 2, 3, True),
+        Block(64, 4, 1, 2, 4, False),
+        Block(64, 4, 1, 2, 4, False),
+    ),
+    (Block(128, 2, 1, 2, 3, True), Block(128, 2, 1, 2, 3, True), *2 * (Block(128, 2, 2, 2, 3, False),)),
+    (Block(128, 2, 1, 2, 3, True), *2 * (Block(128, 2, 1, 2, 3, False),), Block(256, 2, 1, 1, 3, False)),
+    (*2 * (Block(128, 2, 1, 2, 3, False),), *2 * (Block(256, 2, 1, 1, 4, False),)),
+    (*2 * (Block(128, 2, 2, 2, 3, False),), Block(256, 2, 1, 1, 4, True), Block(256, 2, 1, 1, 4, False, 16)),
+    4 * (Block(256, 2, 1, 2, 2, False),),
 )
 
 

@@ -1,0 +1,182 @@
+"""Integer scales against float scales: perplexity and weight error of RTN and GPTQ, found on the integer grid or plugged in.
+
+    python benchmarks/integer_scale.py --models ref-llama-22m ref-llama-22m-outliers --calibration calib.txt --text test.txt \
+        --json docs/measurements/integer_scale.json --plot docs/integer-scale.svg --page docs/integer-scale.md
+
+W4A8, groups of 128, inputs per token. Weight error: mean squared over all quantized weights, relative to float scales
+with the same method. The plug-in form is the paper's: the codes of float scales, their scales rounded to S/α.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import halfbyte
+from halfbyte.evaluation.perplexity import evaluate
+from halfbyte.pipeline import quantize
+from halfbyte.recipe import Recipe
+from halfbyte.runtime.load import load
+from line_plot import Line, Plot, svg
+
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "rtn": [{"method": "rtn", "ranges": "mse"}],
+    "gptq": [{"method": "gptq", "ranges": "mse"}],
+}
+AMPLIFIERS = ("heuristic", 256, 512, 1024, 2048, 4096, "layer", "row")
+FORMS = {"fresh": False, "plug-in": True}
+BEGIN, END = "<!-- integer-scale: begin -->", "<!-- integer-scale: end -->"
+
+
+def scales(amplifiers: list[str | int]) -> Iterator[tuple[str, str | int, dict[str, Any]]]:
+    """Form, amplifier and the `scale` of a recipe: float scales first."""
+    yield "float", "", {"kind": "float", "dtype": "float32"}
+    for amplifier in amplifiers:
+        for form, plug_in in FORMS.items():
+            yield (
+                form,
+                amplifier,
+                {"kind": "integer", "amplifier": amplifier, "plug_in": plug_in, "overflow": "shrink"},
+            )
+
+
+def recipe(method: str, scale: dict[str, Any]) -> Recipe:
+    weights = {"bits": 4, "granularity": {"kind": "group", "size": 128}, "scale": scale}
+    return Recipe.load(
+        {"name": method, "scheme": {"weights": weights, "activations": {"bits": 8}}, "steps": METHODS[method]}
+        | {"starved": "round"}
+    )
+
+
+def measure(model: Path, method: str, scale: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Quantize and evaluate; the weight error as mean noise-to-signal of the modules, weighted by their size."""
+    chosen = recipe(method, scale)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "quantized"
+        report = quantize(
+            model, chosen, output, calibration=options.calibration if chosen.needs_data else None,
+            samples=options.samples, length=512, device=options.device, dtype="float32",
+        )  # fmt: skip
+        found = halfbyte.inspect(output)
+        quantized = load(output, device=options.evaluate_on, dtype=torch.float32)
+        result = evaluate(quantized, text=options.text, window=1024, limit_windows=options.windows)
+    sizes = [module.shape[0] * module.shape[1] for module in report.modules]
+    noise = [10 ** (-module.weight_snr / 10) for module in report.modules]
+    return {
+        "perplexity": result.perplexity,
+        "weight_error": sum(n * s for n, s in zip(noise, sizes, strict=True)) / sum(sizes),
+        "accumulator": found.accumulator,
+        "bits_per_weight": found.bits_per_weight,
+        "problems": list(found.problems),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Difference to float scales of the same method and model."""
+    lines = [
+        "| model | method | α | grid: perplexity | weight error | plug-in: perplexity | weight error |",
+        "|---" * 7 + "|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for method in METHODS:
+            mine = {
+                (row["form"], row["amplifier"]): row for row in rows if (row["model"], row["method"]) == (model, method)
+            }
+            exact = mine.get(("float", ""))
+            if exact is None:
+                continue
+            lines.append(f"| {model} | {method} | float | {exact['perplexity']:.3f} | 1 | | |")
+            for amplifier in dict.fromkeys(key[1] for key in mine if key[1] != ""):
+                cells = []
+                for form in FORMS:
+                    row = mine[form, amplifier]
+                    cells.append(f"{row['perplexity'] - exact['perplexity']:+.3f}")
+                    cells.append(f"{row['weight_error'] / exact['weight_error']:.3f}")
+                lines.append(f"| {model} | {method} | {amplifier} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], model: str) -> str:
+    """Perplexity over the amplifier, as SVG: a line for each method and form, float scales dashed."""
+    lines = []
+    for method in METHODS:
+        mine = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+        numbers = sorted({row["amplifier"] for row in mine if isinstance(row["amplifier"], int)})
+        for form in FORMS:
+            points = [
+                (str(row["amplifier"]), row["perplexity"])
+                for number in numbers
+                for row in mine
+                if (row["form"], row["amplifier"]) == (form, number)
+            ]
+            lines.append(Line(f"{method}, {'on the grid' if form == 'fresh' else form}", tuple(points)))
+        lines += [
+            Line(f"{method}, float scales", tuple((str(n), row["perplexity"]) for n in numbers), dashed=True)
+            for row in mine
+            if row["form"] == "float"
+        ]
+    return svg(Plot(f"{model}, W4A8 g128", "amplifier α", "perplexity", tuple(lines)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", type=Path, default=[])
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--amplifiers", nargs="+", default=[str(amplifier) for amplifier in AMPLIFIERS])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--evaluate-on", default="cpu")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--render", type=Path, help="measure nothing, take the rows of this earlier --json")
+    parser.add_argument("--plot", type=Path, help="SVG of the last model")
+    parser.add_argument(
+        "--page", type=Path, help="replace the table between the markers of this file by that of the last model"
+    )
+    options = parser.parse_args()
+    if options.render:
+        rows = json.loads(options.render.read_text())["rows"]
+    else:
+        rows = run(options)
+    rendered = table(rows)
+    print(rendered)
+    if options.plot:
+        options.plot.write_text(plot(rows, rows[-1]["model"]))
+    if options.page:
+        before, rest = options.page.read_text().split(BEGIN)
+        last = table([row for row in rows if row["model"] == rows[-1]["model"]])
+        options.page.write_text(before + BEGIN + "\n" + last + "\n" + END + rest.split(END)[1])
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row, written to --json as it comes."""
+    amplifiers = [int(word) if word.isdigit() else word for word in options.amplifiers]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    versions = {"halfbyte": halfbyte.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    protocol = {"samples": options.samples, "length": 512, "windows": options.windows, "window": 1024}
+    rows: list[dict[str, Any]] = []
+    for model in options.models:
+        for method in options.methods:
+            for form, amplifier, scale in scales(amplifiers):
+                measured = measure(model, method, scale, options)
+                rows.append({"model": model.name, "method": method, "form": form, "amplifier": amplifier, **measured})
+                print(json.dumps(rows[-1]), flush=True)
+                if options.json:
+                    options.json.write_text(
+                        json.dumps(
+                            {"device": device, "versions": versions, "protocol": protocol, "rows": rows}, indent=1
+                        )
+                    )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

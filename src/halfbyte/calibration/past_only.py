@@ -1,0 +1,124 @@
+"""A block that attends, in calibration, as it will when it decodes through a quantized cache, with slopes.
+
+Every token sees its past as the cache stores it and itself as it is: scores with stored keys below the diagonal and exact
+ones on it, likewise the values (past-only quantization, WKVQuant, https://arxiv.org/abs/2402.12065, section 3.1). What the
+cache format keeps exact, sinks and a window, is exact here too. Gradients pass straight through the cache's rounding.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from halfbyte.errors import ModelError
+from halfbyte.models.heads import attentions
+from halfbyte.numerics.cache import Coder, LayerCoders, exact_tokens, rotate, through_cache, unrotate
+from halfbyte.numerics.slopes import straight_through
+from halfbyte.scheme import CacheFormat
+
+NAME = "halfbyte_learning_past_only"
+STATE = "_halfbyte_learning_view"
+UNKNOWN = ("s_aux", "position_bias")  # what some architectures add to their scores
+
+
+@dataclass(slots=True, eq=False)
+class _View:
+    coders: LayerCoders
+    format: CacheFormat
+    rotation: tuple[Tensor, Tensor] | None = None
+
+    def keys(self, keys: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
+        exact = keys.detach()
+        if self.format.rope == "after":
+            return straight_through(through_cache(exact, self.coders.keys, self.format), keys)
+        assert self.rotation is not None
+        stored = through_cache(unrotate(exact, *self.rotation), self.coders.keys, self.format)
+        return straight_through(rotate(stored, *self.rotation).to(keys.dtype), keys)
+
+    def values(self, values: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
+        return straight_through(through_cache(values.detach(), self.coders.values, self.format), values)
+
+
+@contextmanager
+def attending_past_only(block: nn.Module, coders: LayerCoders, format: CacheFormat) -> Iterator[None]:
+    """Within it, the block attends through the cache. Edits the block in place and undoes it.
+
+    ModelError for attention code that does not go through transformers' interface.
+    """
+    modules = [module for module in attentions(block).values() if hasattr(module, "config")]
+    if not modules:
+        raise ModelError(
+            f"{type(block).__name__} has attention code of its own: learn without the cache, or leave it out"
+        )
+    configs = {id(module.config): module.config for module in modules}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    hooks = []
+    for module in modules:
+        module.__dict__[STATE] = _View(coders, format)
+        hooks.append(module.register_forward_pre_hook(_note_rotation, with_kwargs=True))
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        for hook in hooks:
+            hook.remove()
+        for module in modules:
+            del module.__dict__[STATE]
+
+
+def _attend(
+    module: Any,
+    query: Float[Tensor, "batch query_heads tokens dim"],
+    key: Float[Tensor, "batch heads tokens dim"],
+    value: Float[Tensor, "batch heads tokens dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch tokens query_heads dim"], None]:
+    """transformers' interface of an attention function; softmax in float32."""
+    view: _View = module.__dict__[STATE]
+    if key.shape[2] != query.shape[2] or any(options.get(name) is not None for name in UNKNOWN):
+        raise ModelError(f"{type(module).__name__} attends in a way that past-only calibration does not know")
+    tokens, heads = key.shape[2], key.shape[1]
+    places = torch.arange(tokens, device=key.device)
+    grouped = query.unflatten(1, (heads, -1)) * (key.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    def exact(coder: Coder) -> Tensor:
+        return exact_tokens(places, places, view.format, coder.block)
+
+    pairs = [x[:, :, None].transpose(-1, -2) for x in (key, view.keys(key))]
+    scores = torch.where(exact(view.coders.keys), grouped @ pairs[0], grouped @ pairs[1])
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = _masked(scores, attention_mask, places)
+    shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    own = exact(view.coders.values)
+    summed = (
+        torch.where(own, shares, 0) @ value[:, :, None] + torch.where(own, 0, shares) @ view.values(value)[:, :, None]
+    )
+    return summed.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _masked(scores: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
+    """Scores [batch heads group queries tokens] without what a query may not see; no mask means causal."""
+    if mask is None:
+        return scores.masked_fill(places > places[:, None], -torch.inf)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask[:, :, None], -torch.inf)
+    return scores + mask[:, :, None]
+
+
+def _note_rotation(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    module.__dict__[STATE].rotation = kwargs.get("position_embeddings")
+
+
+AttentionInterface.register(NAME, _attend)

@@ -1,0 +1,396 @@
+"""Attention of one token on 4-bit keys and values, as fast as memory gives the codes; in Gluon, for tensor cores.
+
+A warp has tokens of its own, TOKENS of them a step, which come through a ring of STAGES steps in shared memory
+(`cp.async`). Codes become float16 by OR-ing them into the mantissa of 1024 or of 64, never leave the registers, and are
+the left operand of both products; what OR-ing adds is in the sums that the products start from:
+
+    scores [tokens, heads] = step · (codes · queryᵀ) + zero · Σ query        channels in the order that words give
+    sums   [dim, heads]    = codesᵀ · (share · step)                         tokens in pairs, two words of two tokens
+    zeros  [heads]         = Σ share · zero
+
+A share is 2^(score - m). So that it fits float16 times its token's step, m is the greatest of score + log2 step.
+
+    x[d] word 8·i .. 8·i+7:   bits 31-28 27-24 23-20 19-16 15-12 11-8 7-4 3-0
+                         channel  7     6     5     4     3    2   1   0
+
+A split's sums go to `sums`, its m and Σ shares to `tops` and `totals`; `combine` makes the answer of them. All heads that
+share keys are columns of one product.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
+# pyright: reportAssignmentType=false
+# triton's decorators change signatures in ways that types do not tell
+# ruff: noqa: RET505, RUF005 - triton compiles what follows a return, and has no stars
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from halfbyte.kernels.kv_attention.cuts import Cut, Partial, empty_partial
+from halfbyte.kernels.kv_attention.tokens import PackedTokens
+
+# a name that changed between triton 3.6 and 3.9
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+commit, wait = async_copy.commit_group, async_copy.wait_group
+
+NOTHING = tl.constexpr(-1.0e30)  # a top below all scores
+
+
+@gluon.jit
+def _along(axis: tl.constexpr, length: tl.constexpr, layout: tl.constexpr):
+    """0 .. length - 1 along one axis of three, one wide along the others."""
+    if axis == 0:
+        return gl.expand_dims(gl.expand_dims(gl.arange(0, length, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
+    elif axis == 1:
+        return gl.expand_dims(gl.expand_dims(gl.arange(0, length, gl.SliceLayout(0, gl.SliceLayout(2, layout))), 0), 2)
+    else:
+        return gl.expand_dims(gl.expand_dims(gl.arange(0, length, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
+
+
+@gluon.jit
+def _neighbours(pairs):
+    """The two float16 of every word, side by side."""
+    low = (pairs & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
+    return gl.join(low, (pairs >> 16).to(gl.int16).to(gl.float16, bitcast=True))
+
+
+@gluon.jit
+def _plus_magic(words, magic):
+    """Nibbles 0 and 4, 1 and 5, ... of each word as float16, [..., half, far, next]: 1024 more, or 64 where next is 1."""
+    moved = words >> 8
+    near = _neighbours(words & 0x000F000F | magic[0])
+    near_next = _neighbours(words & 0x00F000F0 | magic[1])
+    far = _neighbours(moved & 0x000F000F | magic[0])
+    far_next = _neighbours(moved & 0x00F000F0 | magic[1])
+    return gl.join(gl.join(near, far), gl.join(near_next, far_next))
+
+
+@gluon.jit
+def _of_group(x, g: tl.constexpr, GROUPS: tl.constexpr):
+    """The g-th part of the last axis, of one or two."""
+    if GROUPS == 1:
+        return x
+    else:
+        SHAPE: tl.constexpr = x.shape
+        first, second = gl.split(gl.permute(gl.reshape(x, (SHAPE[0], SHAPE[1], 2, SHAPE[2] // 2)), (0, 1, 3, 2)))
+        if g == 0:
+            return first
+        else:
+            return second
+
+
+@gluon.jit
+def _keys_operand(words, magic, WARPS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, operand: tl.constexpr):
+    """Words [WARPS, TOKENS, WORDS] as the left operand [WARPS, TOKENS, 8 · WORDS]; `_channel_of_key` tells the order."""
+    a = gl.reshape(_plus_magic(words, magic), (WARPS, TOKENS, 4, WORDS // 4, 2, 2, 2))
+    a = gl.reshape(gl.permute(a, (0, 1, 3, 5, 6, 2, 4)), (WARPS, TOKENS, 8 * WORDS))
+    return gl.convert_layout(a, operand, assert_trivial=True)
+
+
+@gluon.jit
+def _channel_of_key(k, WORDS: tl.constexpr):
+    """The channel, within its group, at place k of the product's inner axis."""
+    word = (k >> 1 & 3) * (WORDS // 4) + (k >> 5)
+    return word * 8 + (k & 1) * 4 + (k >> 4 & 1) * 2 + (k >> 3 & 1)
+
+
+@gluon.jit
+def _values_operand(
+    words, magic, WARPS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, operand: tl.constexpr
+):  # fmt: skip
+    """Words [WARPS, TOKENS, WORDS] as the left operand [WARPS, 8 · WORDS, TOKENS]; `_channel_of_value` tells the order."""
+    pairs = gl.permute(gl.reshape(words, (WARPS, TOKENS // 2, 2, WORDS)), (0, 1, 3, 2))
+    even, odd = gl.split(pairs)
+    low = even & 0xFFFF | odd << 16
+    high = even >> 16 & 0xFFFF | odd & -65536
+    # warp pairs of tokens, lane's words, token of the pair, far, next, half
+    a = gl.join(_plus_magic(low, magic), _plus_magic(high, magic))
+    a = gl.reshape(a, (WARPS, TOKENS // 2, 8, WORDS // 8, 2, 2, 2, 2))
+    a = gl.reshape(gl.permute(a, (0, 3, 7, 5, 6, 2, 1, 4)), (WARPS, 8 * WORDS, TOKENS))
+    return gl.convert_layout(a, operand, assert_trivial=True)
+
+
+@gluon.jit
+def _channel_of_value(m, WORDS: tl.constexpr):
+    """The channel, within its group, of row m of the product."""
+    word = (m & 7) * (WORDS // 8) + (m >> 6)
+    return word * 8 + (m >> 5 & 1) * 4 + (m >> 4 & 1) * 2 + (m >> 3 & 1)
+
+
+@gluon.jit
+def _repeated(tile, TIMES: tl.constexpr, WARPS: tl.constexpr, HEADS: tl.constexpr, layout: tl.constexpr):
+    """[WARPS, 16, HEADS], TIMES times over each other."""
+    many = tile
+    for log in gl.static_range(4):
+        if 2**log < TIMES:
+            many = gl.join(many, many)
+    many = gl.permute(gl.reshape(many, (WARPS, 16, HEADS, TIMES)), (0, 3, 1, 2))
+    return gl.convert_layout(gl.reshape(many, (WARPS, TIMES * 16, HEADS)), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _over_registers(x, WARPS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, layout: tl.constexpr):
+    """Sums over every 16th token, [WARPS, 16, HEADS]: no lane asks another."""
+    sums = gl.sum(gl.reshape(x, (WARPS, TOKENS // 16, 16, HEADS)), 1)
+    return gl.convert_layout(sums, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _power_of_2(x, PTX: tl.constexpr):
+    """2**x; in PTX without the instructions that make subnormal results."""
+    if PTX:
+        return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+    else:
+        return gl.exp2(x)
+
+
+@gluon.jit
+def _log_2(x, PTX: tl.constexpr):
+    """log2 x of a normal x, within 2**-20."""
+    if PTX:
+        return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+    else:
+        return gl.log2(x)
+
+
+@gluon.jit
+def _fetch(key_ring, value_ring, slot, key_words, value_words, token, end, ahead, WORDS: tl.constexpr):
+    """Let the words of the step that begins `ahead` tokens further come into a slot; those past the end are zeros."""
+    mask = token + ahead < end
+    copy(key_ring.index(slot), key_words + ahead * WORDS, mask=mask)
+    copy(value_ring.index(slot), value_words + ahead * WORDS, mask=mask)
+    commit()
+
+
+@gluon.jit
+def _grids(steps_ptr, zeros_ptr, at, mask, GROUPS: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """Steps and zeros of tokens, a pair for each group, as they are stored."""
+    grids = ()
+    for g in gl.static_range(GROUPS):
+        steps = gl.load(steps_ptr + at * GROUPS + g, mask=mask, other=0.0)
+        if HAS_ZEROS:
+            grids = grids + ((steps, gl.load(zeros_ptr + at * GROUPS + g, mask=mask, other=0.0)),)
+        else:
+            grids = grids + ((steps, steps * -8.0),)
+    return grids
+
+
+@gluon.jit
+def _query(
+    query_ptr, key_scale_ptr, kv_head, g: tl.constexpr, WORDS: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, SCALED: tl.constexpr, operand: tl.constexpr,
+):  # fmt: skip
+    """The heads' queries as the right operand [1, channels of the group, WIDE], heads that are none 0."""
+    channel = g * (8 * WORDS) + _channel_of_key(_along(1, 8 * WORDS, operand), WORDS)
+    head = _along(2, WIDE, operand) + _along(0, 1, operand)
+    query = gl.load(query_ptr + head * DIM + channel, mask=head < HEADS, other=0.0).to(gl.float32)
+    if SCALED:
+        query *= gl.load(key_scale_ptr + kv_head * DIM + channel)
+    return query.to(gl.float16)
+
+
+@gluon.jit(do_not_specialize=["kv_heads"])
+def decode_kernel(
+    query_ptr, key_scale_ptr, key_ptr, key_steps_ptr, key_zeros_ptr, value_ptr, value_steps_ptr, value_zeros_ptr,
+    first_ptr, last_ptr, sums_ptr, tops_ptr, totals_ptr,
+    kv_heads, codes_batch, codes_head, grids_batch, grids_head, score_scale, magic, magic_next,
+    DIM: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_FIRST: tl.constexpr, SCALED: tl.constexpr,
+    PTX: tl.constexpr, EARLY: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Strides in words and in grids; `score_scale` in units of log 2.
+
+    The magic numbers are arguments, as a constant would cost an instruction more wherever it is used.
+    """
+    if EARLY:
+        gdc_wait()
+        # not before: what comes next reads what was written before this kernel, and does not wait for that alone
+        gdc_launch_dependents()
+    magics = (magic, magic_next)
+    WORDS: tl.constexpr = DIM // 8
+    KEY_WORDS: tl.constexpr = WORDS // KEY_GROUPS
+    VALUE_WORDS: tl.constexpr = WORDS // VALUE_GROUPS
+    STEP: tl.constexpr = WARPS * TOKENS
+    sums_in: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    left: tl.constexpr = gl.DotOperandLayout(0, sums_in, 2)
+    right: tl.constexpr = gl.DotOperandLayout(1, sums_in, 2)
+    copied: tl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32 * 4 // WORDS, WORDS // 4], [WARPS, 1, 1], [2, 1, 0])
+    of_keys: tl.constexpr = gl.BlockedLayout([1, 1, KEY_WORDS // 4], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    of_values: tl.constexpr = gl.BlockedLayout([1, 2, VALUE_WORDS // 8], [1, 4, 8], [WARPS, 1, 1], [1, 2, 0])
+    key_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES, WARPS, TOKENS, WORDS], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )
+    value_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES, WARPS, TOKENS, WORDS], gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
+    )
+
+    split = gl.program_id(0)
+    splits = gl.num_programs(0)
+    row = gl.program_id(1)
+    kv_head = row % kv_heads
+    batch = row // kv_heads
+    first = 0
+    if HAS_FIRST:
+        first = gl.load(first_ptr + batch).to(gl.int32)
+    last = gl.load(last_ptr + batch).to(gl.int32)
+    # every split has its share of this row's tokens, however many there are
+    each = (gl.maximum(last - first, 0) + splits * STEP - 1) // (splits * STEP) * STEP
+    begin = first + split * each
+    end = gl.minimum(last, begin + each)
+    steps = (gl.maximum(end - begin, 0) + STEP - 1) // STEP
+
+    # int64: a cache may have more than 2**31 codes
+    codes_at = batch.to(gl.int64) * codes_batch + kv_head.to(gl.int64) * codes_head
+    grids_at = batch.to(gl.int64) * grids_batch + kv_head.to(gl.int64) * grids_head
+    token = begin + _along(0, WARPS, copied) * TOKENS + _along(1, TOKENS, copied)
+    word = codes_at + token * WORDS + _along(2, WORDS, copied)
+    key_words = key_ptr + word
+    value_words = value_ptr + word
+    for stage in gl.static_range(STAGES - 1):
+        _fetch(key_ring, value_ring, stage, key_words, value_words, token, end, stage * STEP, WORDS)
+
+    of_tokens: tl.constexpr = gl.SliceLayout(2, sums_in)
+    place = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, of_tokens)), 0) + begin
+    place += gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, of_tokens)), 1) * TOKENS
+    key_steps = key_steps_ptr + grids_at * KEY_GROUPS
+    key_zeros = key_zeros_ptr + grids_at * KEY_GROUPS
+    value_steps = value_steps_ptr + grids_at * VALUE_GROUPS
+    value_zeros = value_zeros_ptr + grids_at * VALUE_GROUPS
+    key_grids = _grids(key_steps, key_zeros, place, place < end, KEY_GROUPS, HAS_ZEROS)
+    value_grids = _grids(value_steps, value_zeros, place, place < end, VALUE_GROUPS, HAS_ZEROS)
+
+    # query operands, what the scores start from, and what a zero is worth
+    empty16 = gl.full((WARPS, 16, WIDE), 0.0, gl.float32, sums_in)
+    ones = gl.full((WARPS, 16, 8 * KEY_WORDS), 1.0, gl.float16, left)
+    key_magic = gl.where((_along(2, 8 * KEY_WORDS, left) >> 3 & 1) == 0, -1024.0, -64.0).to(gl.float16)
+    key_magic = key_magic * ones
+    value_magic = gl.where((_along(1, 16, left) & 8) == 0, -1024.0, -64.0).to(gl.float16)
+    value_magic = value_magic * gl.full((WARPS, 16, TOKENS), 1.0, gl.float16, left)
+    queries = ()
+    starts = ()
+    worths = ()
+    query_at = query_ptr + row.to(gl.int64) * (HEADS * DIM)
+    for g in gl.static_range(KEY_GROUPS):
+        query = _query(query_at, key_scale_ptr, kv_head, g, KEY_WORDS, HEADS, WIDE, DIM, SCALED, right)
+        query = query * gl.full((WARPS, 8 * KEY_WORDS, WIDE), 1.0, gl.float16, right)
+        queries = queries + (query,)
+        starts = starts + (_repeated(mma_v2(key_magic, query, empty16), TOKENS // 16, WARPS, WIDE, sums_in),)
+        worths = worths + (_repeated(mma_v2(ones, query, empty16) * score_scale, TOKENS // 16, WARPS, WIDE, sums_in),)
+
+    top = gl.full((WARPS, WIDE), NOTHING, gl.float32, gl.SliceLayout(1, sums_in))
+    total = empty16
+    zeros = ()
+    sums = ()
+    for _g in gl.static_range(VALUE_GROUPS):
+        zeros = zeros + (total,)
+        sums = sums + (gl.full((WARPS, 8 * VALUE_WORDS, WIDE), 0.0, gl.float32, sums_in),)
+
+    slot = 0
+    for _step in range(0, steps):
+        wait(STAGES - 2)
+        # into the slot that was read a turn ago: `wait` has a barrier behind it
+        ahead = (STAGES - 1) * STEP
+        to = gl.where(slot == 0, STAGES, slot) - 1
+        _fetch(key_ring, value_ring, to, key_words, value_words, token, end, ahead, WORDS)
+        key_words += STEP * WORDS
+        value_words += STEP * WORDS
+        token += STEP
+        seen = place < end
+        place += STEP
+        next_key_grids = _grids(key_steps, key_zeros, place, place < end, KEY_GROUPS, HAS_ZEROS)
+        next_value_grids = _grids(value_steps, value_zeros, place, place < end, VALUE_GROUPS, HAS_ZEROS)
+
+        key_tile = key_ring.index(slot).load(of_keys)
+        for g in gl.static_range(KEY_GROUPS):
+            key_codes = _keys_operand(_of_group(key_tile, g, KEY_GROUPS), magics, WARPS, TOKENS, KEY_WORDS, left)
+            products = mma_v2(key_codes, queries[g], starts[g])
+            key_step = key_grids[g][0].to(gl.float32) * score_scale
+            key_zero = key_grids[g][1].to(gl.float32)
+            part = gl.expand_dims(key_step, 2) * products + gl.expand_dims(key_zero, 2) * worths[g]
+            scores = part if g == 0 else scores + part
+        scores = gl.where(gl.expand_dims(seen, 2), scores, float("-inf"))
+
+        largest = value_grids[0][0].to(gl.float32)
+        for g in gl.static_range(1, VALUE_GROUPS):
+            largest = gl.maximum(largest, value_grids[g][0].to(gl.float32))
+        weight = _log_2(gl.maximum(largest, 2.0**-24), PTX)
+        new_top = gl.maximum(top, gl.max(scores + gl.expand_dims(weight, 2), 1))
+        fade = _power_of_2(top - new_top, PTX)
+        top = new_top
+        shares = _power_of_2(scores - gl.expand_dims(new_top, 1), PTX)
+        fades = gl.expand_dims(fade, 1)
+        total = total * fades + _over_registers(shares, WARPS, TOKENS, WIDE, sums_in)
+        value_tile = value_ring.index(slot).load(of_values)
+        new_zeros = ()
+        new_sums = ()
+        for g in gl.static_range(VALUE_GROUPS):
+            value_zero = gl.expand_dims(value_grids[g][1].to(gl.float32), 2)
+            worth = _over_registers(shares * value_zero, WARPS, TOKENS, WIDE, sums_in)
+            new_zeros = new_zeros + (zeros[g] * fades + worth,)
+            weighted = (shares * gl.expand_dims(value_grids[g][0].to(gl.float32), 2)).to(gl.float16)
+            weighted = gl.convert_layout(weighted, right)
+            value_starts = _repeated(mma_v2(value_magic, weighted, empty16), VALUE_WORDS // 2, WARPS, WIDE, sums_in)
+            value_codes = _values_operand(
+                _of_group(value_tile, g, VALUE_GROUPS), magics, WARPS, TOKENS, VALUE_WORDS, left
+            )
+            new_sums = new_sums + (sums[g] * fades + mma_v2(value_codes, weighted, value_starts),)
+        zeros = new_zeros
+        sums = new_sums
+        key_grids = next_key_grids
+        value_grids = next_value_grids
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    wait(0)
+
+    # warps meet: one top for all
+    highest = gl.max(top, 0)
+    fades = gl.exp2(top - gl.expand_dims(highest, 0))
+    faded = gl.expand_dims(fades, 1)
+    of_heads: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, sums_in))
+    head = gl.arange(0, WIDE, of_heads)
+    at = (row.to(gl.int64) * HEADS + head) * splits + split
+    gl.store(tops_ptr + at, highest, mask=head < HEADS)
+    totals = gl.sum(gl.sum(total * faded, 1), 0)
+    gl.store(totals_ptr + at, gl.convert_layout(totals, of_heads), mask=head < HEADS)
+    of_sums: tl.constexpr = gl.SliceLayout(0, sums_in)
+    head = gl.expand_dims(gl.arange(0, WIDE, gl.SliceLayout(0, of_sums)), 0)
+    at = ((row.to(gl.int64) * HEADS + head) * splits + split) * DIM
+    for g in gl.static_range(VALUE_GROUPS):
+        zero = gl.convert_layout(gl.sum(gl.sum(zeros[g] * faded, 1), 0), gl.SliceLayout(0, of_sums))
+        merged = gl.sum(sums[g] * faded, 0) + gl.expand_dims(zero, 0)
+        m = gl.expand_dims(gl.arange(0, 8 * VALUE_WORDS, gl.SliceLayout(1, of_sums)), 1)
+        channel = g * (8 * VALUE_WORDS) + _channel_of_value(m, VALUE_WORDS)
+        gl.store(sums_ptr + at + channel, merged, mask=head < HEADS)
+
+
+MAGIC, MAGIC_NEXT = 0x64006400, 0x54005400  # pairs of 1024 and of 64 in float16
+
+
+def decode(
+    query: Tensor, keys: PackedTokens, values: PackedTokens, last: Tensor, first: Tensor | None,
+    key_scale: Tensor | None, score_scale: float, cut: Cut, early: bool, ptx: bool = True,
+) -> Partial:  # fmt: skip
+    """All splits of a cache without `cuts.obstacle`."""
+    batch, kv_heads = keys.codes.shape[:2]
+    dim = query.shape[2]
+    heads = query.shape[1] // kv_heads
+    partial = empty_partial(query, cut.splits)
+    options = {"maxnreg": cut.registers} if cut.registers else {}
+    decode_kernel[(cut.splits, batch * kv_heads)](
+        query, query if key_scale is None else key_scale,
+        keys.codes.view(torch.int32), keys.scales, keys.scales if keys.zeros is None else keys.zeros,
+        values.codes.view(torch.int32), values.scales, values.scales if values.zeros is None else values.zeros,
+        last if first is None else first, last, *partial,
+        kv_heads, keys.codes.stride(0) // 4, keys.codes.stride(1) // 4,
+        keys.scales.stride(0) // keys.scales.shape[3], keys.scales.stride(1) // keys.scales.shape[3],
+        score_scale, MAGIC, MAGIC_NEXT,
+        dim, heads, 8 if heads <= 8 else 16, keys.scales.shape[3], values.scales.shape[3],
+        keys.zeros is not None, first is not None, key_scale is not None,
+        ptx, early, cut.tokens, cut.warps, cut.stages,
+        num_warps=cut.warps, launch_pdl=early, **options,
+    )  # fmt: skip
+    return partial

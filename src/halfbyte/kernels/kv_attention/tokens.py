@@ -1,0 +1,34 @@
+"""What attention on a cache is given, in the shapes and dtypes that a cache keeps it."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Float16, UInt8
+from torch import Tensor
+
+
+class PackedTokens(NamedTuple):
+    """Past keys, or values: x ≈ code · scale + zero, each token and group of channels on a grid of its own."""
+
+    codes: UInt8[Tensor, "batch kv_heads capacity bytes"]  # packing/code_bytes.py: dim · bits / 8 of them
+    scales: Float16[Tensor, "batch kv_heads capacity groups"]
+    zeros: Float16[Tensor, "batch kv_heads capacity groups"] | None  # None: the middle code stands for zero
+
+
+class ExactTokens(NamedTuple):
+    """Tokens that are kept as they came, sinks or a window, in any order."""
+
+    keys: Float[Tensor, "batch kv_heads exact dim"]
+    values: Float[Tensor, "batch kv_heads exact dim"]
+    seen: Bool[Tensor, "batch exact"] | None = None  # None: all are
+
+
+class Smoothing(NamedTuple):
+    """Static shift and scale of every channel of the packed tokens: x ≈ (code · scale + zero) · scale + shift."""
+
+    key_shift: Float[Tensor, "kv_heads dim"] | None = None
+    key_scale: Float[Tensor, "kv_heads dim"] | None = None
+    value_shift: Float[Tensor, "kv_heads dim"] | None = None
+    value_scale: Float[Tensor, "kv_heads dim"] | None = None
+
+
+NO_SMOOTHING = Smoothing()

@@ -1,0 +1,58 @@
+"""Which steps of which blocks a program of `blocks` computes; see the docstring there.
+
+A block has so many steps; all blocks in a row have `blocks` · `steps`, and a program has runs of them.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportAssignmentType=false
+# triton's decorators change signatures in ways that types do not tell
+# ruff: noqa: RET505 - triton compiles what follows a return
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def place(block, blocks_m, blocks_n, BESIDE: tl.constexpr):
+    """BESIDE blocks of tokens go side by side over one of outputs, so that its words come from the L2 cache."""
+    first_m = block // (BESIDE * blocks_n) * BESIDE
+    within = block % (BESIDE * blocks_n)
+    beside = gl.minimum(blocks_m - first_m, BESIDE)
+    return first_m + within % beside, within // beside
+
+
+@gluon.jit
+def steps_each(blocks, steps, SHARED: tl.constexpr):
+    """How many steps a program has in a row."""
+    if SHARED:
+        return (blocks * steps + gl.num_programs(0) - 1) // gl.num_programs(0)
+    else:
+        return steps
+
+
+@gluon.jit
+def share_of(blocks, SHARED: tl.constexpr, SPLIT: tl.constexpr):
+    """Which run of steps a program has. Programs start in their order: those for whom others wait come first."""
+    if SPLIT > 1:
+        return SPLIT - 1 - gl.program_id(0) // blocks
+    elif SHARED:
+        return gl.num_programs(0) - 1 - gl.program_id(0)
+    else:
+        return gl.program_id(0)
+
+
+@gluon.jit
+def run_of(share, blocks, steps, each, SHARED: tl.constexpr, SPLIT: tl.constexpr):
+    """Of the steps of all blocks in a row, a program's first, and where it ends."""
+    if SPLIT > 1:
+        length = (steps - gl.minimum(steps // 4, 4)) // SPLIT
+        first = gl.program_id(0) % blocks * steps
+        begin = first + gl.where(share == 0, 0, steps - length * share)
+        end = first + steps - gl.where(share == 0, length * (SPLIT - 1), length * (share - 1))
+    else:
+        begin = share * each
+        end = blocks * steps
+        if SHARED:
+            end = gl.minimum(end, begin + each)
+    return begin, end

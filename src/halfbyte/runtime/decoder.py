@@ -1,0 +1,143 @@
+"""Greedy decoding with nothing between two tokens but one CUDA graph.
+
+    prompt  ─► the model's forward ─► first token; keys and values in a cache of fixed size
+    step    ─► layers compiled one by one, head, argmax, the token and its position moved on
+
+Each is recorded once and replayed: the prefill for prompts of the length that `record` was told, others run as they are.
+
+transformers' own `generate` decides in Python after every token whether to go on; here the number of tokens is known
+beforehand. On a CPU the same step runs as it is.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from halfbyte.calibration.text import longest_sequence
+from halfbyte.errors import ModelError
+from halfbyte.models.load import find_blocks
+
+WARM_UP = 3  # steps before the recording: the first compiles
+
+
+class Decoder:
+    """Continues prompts of one length, `batch` at a time, to at most `capacity` tokens, prompt included.
+
+    `compiled`: what torch leaves between our kernels is fused by torch.compile, a layer at a time. The model must be a
+    causal one that takes a StaticCache, and stays as it is.
+    """
+
+    def __init__(self, model: Any, batch: int, capacity: int, *, compiled: bool = True) -> None:
+        """ModelError where the model has fewer positions than `capacity`, or no list of layers."""
+        limit = longest_sequence(model.config)
+        if limit is not None and capacity > limit:
+            raise ModelError(f"{capacity} tokens are more than the model's {limit} positions: ask for fewer")
+        self.model, self.batch, self.capacity = model, batch, capacity
+        self.cache = StaticCache(config=model.config, max_cache_len=max(capacity, WARM_UP + 1))
+        self._token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self._position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._prefill_graph: torch.cuda.CUDAGraph | None = None
+        self._prompts = self._token
+        self._layers = list(model.get_submodule(find_blocks(model))) if compiled else []
+
+    @torch.no_grad()
+    def prefill(self, prompts: Int64[Tensor, "batch length"]) -> Int64[Tensor, "batch"]:
+        """Read the prompts from an empty cache; the likeliest token after each. ModelError where they do not fit."""
+        if prompts.shape[0] != self.batch or not 0 < prompts.shape[1] < self.capacity:
+            raise ModelError(
+                f"prompts are {list(prompts.shape)}, and this decoder has room for {self.batch} of 1 to "
+                f"{self.capacity - 1} tokens: make another Decoder"
+            )
+        if self._prefill_graph is not None and prompts.shape == self._prompts.shape:
+            self._prompts.copy_(prompts)
+            self._prefill_graph.replay()
+        else:
+            self._read(prompts)
+        return self._token[:, 0].clone()
+
+    def _read(self, prompts: Tensor) -> None:
+        self.cache.reset()
+        logits = self.model(input_ids=prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self._position.fill_(prompts.shape[1])
+
+    @torch.no_grad()
+    def step(self) -> Int64[Tensor, "batch"]:
+        """The token after the last one; on a GPU the decoder's own tensor, valid until the next step."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+        return self._token[:, 0]
+
+    def _step(self) -> None:
+        logits = self.model(
+            input_ids=self._token, position_ids=self._position, past_key_values=self.cache, use_cache=True
+        ).logits
+        self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self._position += 1
+
+    @torch.no_grad()
+    def record(self, length: int) -> "Decoder":
+        """Compile and record a step, and the prefill of prompts of `length` tokens. On a CPU there is nothing to do."""
+        if self._token.device.type != "cuda":
+            return self
+        self._prompts = torch.zeros(self.batch, length, dtype=torch.long, device=self._token.device)
+        self._prefill_graph = recorded(lambda: self._read(self._prompts), times=2)
+        self.cache.reset()
+        self._position.zero_()
+        with compiled_layers(self._layers):
+            self._graph = recorded(self._step, times=WARM_UP)
+        return self
+
+    def decode(self, prompts: Int64[Tensor, "batch length"], new_tokens: int) -> Int64[Tensor, "batch new"]:
+        """The likeliest continuation, one token after the other. ModelError where it does not fit."""
+        if prompts.shape[1] + new_tokens > self.capacity:
+            raise ModelError(
+                f"{prompts.shape[1]} tokens and {new_tokens} new ones are more than the capacity of {self.capacity}: "
+                "make a larger Decoder"
+            )
+        if self._graph is None:
+            self.record(prompts.shape[1])
+        tokens = [self.prefill(prompts)]
+        tokens.extend(self.step().clone() for _ in range(new_tokens - 1))
+        return torch.stack(tokens, dim=1)
+
+
+def recorded(work: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `work`, after so many runs that compile, tune and allocate."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+@contextmanager
+def compiled_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Every layer's forward through torch.compile, and afterwards as it was."""
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    before, limit = [layer.__dict__.get("forward") for layer in layers], dynamo.recompile_limit
+    dynamo.recompile_limit = max(limit, 2 * len(layers) + 8)  # a layer's place in the cache is a constant of its code
+    try:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        yield
+    finally:
+        dynamo.recompile_limit = limit
+        for layer, forward in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward

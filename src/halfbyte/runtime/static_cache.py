@@ -1,0 +1,178 @@
+"""The quantized cache in buffers of fixed size and address, for torch.compile and CUDA graphs.
+
+Codes of every token are written when it comes, beside exact copies of the sinks and of the last `window` tokens:
+
+    key_codes, value_codes     uint8    [batch, kv_heads, capacity, head_dim*bits/8]   token t in row t
+    key_scales, ..., zeros     float16  [batch, kv_heads, capacity, groups]            (symmetric: no zeros)
+    sinks                      model's  [batch, kv_heads, sinks, head_dim]
+    window                     model's  [batch, kv_heads, window, head_dim]            token t in row t % window
+
+`length` is a tensor, so that a step depends on no number that the graph would hold on to.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from halfbyte.errors import FormatError
+from halfbyte.kernels.kv_attention import PackedTokens, Smoothing, write_tokens
+from halfbyte.numerics.cache import Coder, LayerCoders, TokenCodes
+from halfbyte.packing.code_bytes import bytes_for, pack, unpack
+from halfbyte.scheme import CacheFormat
+
+
+class StaticSide:
+    """The keys, or the values, of one layer."""
+
+    def __init__(self, coder: Coder, format: CacheFormat, capacity: int, like: Float[Tensor, "batch heads _ dim"]):
+        batch, heads, _, self.dim = like.shape
+        self.coder, self.format = coder, format
+        groups = coder.groups(self.dim)
+        size = bytes_for(self.dim, coder.bits)
+        self.codes = torch.zeros(batch, heads, capacity, size, dtype=torch.uint8, device=like.device)
+        self.scales = torch.zeros(batch, heads, capacity, groups, dtype=torch.float16, device=like.device)
+        self.zeros = None if coder.symmetric else torch.zeros_like(self.scales)
+        self.sinks = like.new_zeros(batch, heads, format.sinks, self.dim)
+        self.window = like.new_zeros(batch, heads, format.window, self.dim)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is stored."""
+        return [x for x in (self.codes, self.scales, self.zeros, self.sinks, self.window) if x is not None]
+
+    @property
+    def packed(self) -> PackedTokens:
+        """All rows as kernels read and write them."""
+        return PackedTokens(self.codes, self.scales, self.zeros)
+
+    def step(self, x: Float[Tensor, "batch heads new dim"], length: Int64[Tensor, ""]) -> Tensor:
+        """Store new tokens after the first `length`; all rows as attention is to see them, those beyond not yet real."""
+        new = x.shape[2]
+        places = torch.arange(new, device=x.device) + length
+        encoded = self.coder.encode(x)
+        self.codes.index_copy_(2, places, pack(encoded.codes, self.coder.bits))
+        self.scales.index_copy_(2, places, encoded.scales)
+        if self.zeros is not None and encoded.zeros is not None:
+            self.zeros.index_copy_(2, places, encoded.zeros)
+        codes = unpack(self.codes, self.coder.bits, self.dim)
+        seen = self.coder.decode(TokenCodes(codes, self.scales, self.zeros), x.dtype)
+        if self.format.past_only:
+            self._recall(seen, length)
+            seen.index_copy_(2, places, x)
+        self._remember(x, places)
+        if not self.format.past_only:
+            self._recall(seen, length + new)
+        if self.format.sinks:
+            seen[:, :, : self.format.sinks] = self.sinks
+        return seen
+
+    def _recall(self, seen: Tensor, length: Tensor) -> None:
+        """Put the window's exact tokens in the place of their codes. Edits `seen`."""
+        if not self.format.window:
+            return
+        rows = torch.arange(self.format.window, device=seen.device)
+        held = length - 1 - (length - 1 - rows) % self.format.window
+        # a row that holds nothing yet goes to the place of the token that it will hold, which is not real yet
+        seen.index_copy_(2, torch.where(held < 0, held + self.format.window, held), self.window)
+
+    def _remember(self, x: Tensor, places: Tensor) -> None:
+        """Keep exact copies where the window and the sinks ask for them."""
+        if self.format.window:
+            last = slice(-self.format.window, None)
+            self.window.index_copy_(2, places[last] % self.format.window, x[:, :, last])
+        if self.format.sinks:
+            first = torch.arange(self.format.sinks, device=x.device)
+            at = (first - places[0]).clamp(0, x.shape[2] - 1)
+            here = (first >= places[0]) & (first <= places[-1])
+            self.sinks.copy_(torch.where(here[:, None], x.index_select(2, at), self.sinks))
+
+
+class StaticQuantizedLayer(CacheLayerMixin):
+    """The cache of one layer, of at most `capacity` tokens."""
+
+    is_compileable = True
+    is_sliding = False
+    reads_codes = False  # whether attention does (cache_decode.py)
+
+    def __init__(self, coders: LayerCoders, format: CacheFormat, capacity: int) -> None:
+        super().__init__()
+        if format.keys == "channel" or format.rope == "before":
+            what = "keys per channel" if format.keys == "channel" else "keys before RoPE"
+            raise FormatError(f"a cache of fixed size cannot hold {what}: leave its capacity out, and it grows")
+        if capacity < format.sinks + format.window + 1:
+            raise FormatError(
+                f"a cache of {capacity} tokens has no room for {format.sinks} sinks, a window of {format.window} and one "
+                "more: give it a larger capacity"
+            )
+        self.coders, self.format, self.capacity = coders, format, capacity
+        self.length = torch.tensor(0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make all buffers, for the batch, heads, dtype and device of the first tokens."""
+        self.batch_size, self.device = key_states.shape[0], key_states.device
+        self.key_side = StaticSide(self.coders.keys, self.format, self.capacity, key_states)
+        self.value_side = StaticSide(self.coders.values, self.format, self.capacity, value_states)
+        self.length = self.length.to(key_states.device)
+        if not torch.compiler.is_compiling():
+            for tensor in [*self.key_side.tensors, *self.value_side.tensors, self.length]:
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep the call's tokens; all rows: the past as it is stored, these tokens as they are, and what is to come."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.reads_codes and key_states.shape[2] == 1:
+            return key_states, value_states  # attention reads the past by itself, and then calls `keep`
+        keys = self.key_side.step(key_states, self.length)
+        values = self.value_side.step(value_states, self.length)
+        self.length.add_(key_states.shape[2])
+        return keys, values
+
+    def keep(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store tokens that attention has used as they are."""
+        keys, values = self.key_side, self.value_side
+        smoothing = Smoothing(keys.coder.shift, keys.coder.scale, values.coder.shift, values.coder.scale)
+        position = self.length.repeat(self.batch_size)
+        write_tokens(keys.packed, values.packed, key_states, value_states, position, smoothing)
+        places = torch.arange(key_states.shape[2], device=key_states.device) + self.length
+        keys._remember(key_states, places)
+        values._remember(value_states, places)
+        self.length.add_(key_states.shape[2])
+
+    def get_mask_sizes(self, _query_length: int) -> tuple[int, int]:
+        """All rows, from position 0."""
+        return self.capacity, 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens in the cache, as a tensor once there are buffers."""
+        return self.length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.capacity
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay where they are."""
+        self.length.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """FormatError: the window's rows would be those of tokens that are gone."""
+        if tokens_to_remove:
+            raise FormatError("a cache of fixed size is not cropped: leave its capacity out, and it grows and is")
+
+    def reorder_cache(self, beam_idx: Int64[Tensor, "batch"]) -> None:
+        """Let every row of the batch go on from another one's past. Edits the buffers in place."""
+        if self.is_initialized:
+            for tensor in [*self.key_side.tensors, *self.value_side.tensors]:
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's tensors."""
+        if not self.is_initialized:
+            return 0
+        return sum(tensor.nbytes for tensor in [*self.key_side.tensors, *self.value_side.tensors])

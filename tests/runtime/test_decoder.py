@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from halfbyte.errors import ModelError
+from halfbyte.runtime.decoder import Decoder, compiled_layers
+from tiny_models import tiny, tokens
+
+
+def greedy(model, prompts, new_tokens):
+    """Token by token without any cache."""
+    ids = prompts
+    for _ in range(new_tokens):
+        following = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], dim=1)
+    return ids[:, prompts.shape[1] :]
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "gpt_neox", "mistral"])
+def test_tokens_are_those_of_a_model_without_cache(variant):
+    model = tiny(variant)
+    prompts = tokens(3, 7)
+    assert torch.equal(Decoder(model, 3, 20).decode(prompts, 9), greedy(model, prompts, 9))
+
+
+def test_a_decoder_serves_one_prompt_after_another():
+    model = tiny("llama")
+    decoder = Decoder(model, 1, 16)
+    for seed in (0, 1):
+        prompts = tokens(1, 5, seed)
+        assert torch.equal(decoder.decode(prompts, 6), greedy(model, prompts, 6))
+
+
+def test_a_position_too_late_would_be_seen(monkeypatch):
+    model = tiny("llama")
+    prompts = tokens(2, 7)
+    decoder = Decoder(model, 2, 20)
+    decoder.prefill(prompts)
+    decoder._position += 1
+    found = torch.stack([decoder.step().clone() for _ in range(8)], dim=1)
+    assert not torch.equal(found, greedy(model, prompts, 9)[:, 1:])
+
+
+def test_what_has_no_room_is_refused():
+    model = tiny("llama")
+    decoder = Decoder(model, 2, 12)
+    with pytest.raises(ModelError, match="capacity of 12"):
+        decoder.decode(tokens(2, 8), 5)
+    with pytest.raises(ModelError, match="room for 2"):
+        decoder.prefill(tokens(3, 8))
+    with pytest.raises(ModelError, match="positions"):
+        Decoder(model, 1, 10**6)
+
+
+def test_layers_have_their_own_forward_again_after_compiling():
+    model = tiny("llama")
+    layers = list(model.model.layers)
+    mark = layers[0].forward
+    layers[1].forward = mark  # as a fused layer has one of its own
+    with compiled_layers(layers):
+        assert layers[0].forward is not mark
+    assert "forward" not in layers[0].__dict__
+    assert layers[1].__dict__["forward"] is mark
