@@ -175,7 +175,8 @@ def seven_billion(options: argparse.Namespace) -> tuple[RoundedBlock, dict[str, 
     torch.manual_seed(0)
     device = torch.device(options.device if options.device != "auto" else "cuda")
     with torch.device(device):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(requires_grad=False)
+        model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16).eval().requires_grad_(requires_grad=False)
     blocks: list[torch.nn.Module] = list(model.model.layers)
     tokens = torch.randint(0, 4096, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
     stream = enter(model, blocks, list(tokens.split(1)), device, device)

@@ -242,7 +242,6 @@ def search(
     outs, ins = case.exact.shape
     x, x_scales = activations(1 if tokens == 8 else tokens, ins)
     exact = expected(x, x_scales, case)
-    of_cell = times.setdefault((kind, tokens), {})
     found: list[tuple[float, Tiling]] = []
     for tiling in dict.fromkeys(candidates(kind, tokens)):
         if (kind, tiling) not in works or not is_sensible(tiling, tokens, outs):
@@ -253,7 +252,7 @@ def search(
             print(f"WRONG: {kind} {tiling} at {outs}x{ins}, {len(x)} tokens")
             continue
         found.append((microseconds([ours], 5)[0], tiling))
-        of_cell.setdefault(tiling, []).append(found[-1][0])
+        times.setdefault((kind, tokens), {}).setdefault(tiling, []).append(found[-1][0])
     found.sort(key=lambda pair: pair[0])
     for taken, tiling in found[:5]:
         print(f"{outs}x{ins} {kind} {len(x)}: {taken:.2f} {short(tiling)}", flush=True)

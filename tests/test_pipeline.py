@@ -353,13 +353,6 @@ def test_a_transform_without_a_table_says_so_and_gptq_does_not_need_one(tmp_path
     assert len(run(source, tmp_path / "gptq", recipe()).modules) == 14
 
 
-def test_a_scheme_that_cannot_be_produced_yet_is_refused(tmp_path):
-    source = save_model(tmp_path / "float")
-    what = Recipe.load({"scheme": {"cache": {}}, "steps": [{"method": "rtn"}]})
-    with pytest.raises(RecipeError, match="quantized cache"):
-        run(source, tmp_path / "out", what)
-
-
 def test_a_recipe_that_selects_nothing_is_refused(tmp_path):
     source = save_model(tmp_path / "float")
     with pytest.raises(RecipeError, match="selects none of the 14 linears"):

@@ -63,7 +63,9 @@ class Recipe(Value):
                     "refinements such as lkd, and wkv for the cache"
                 )
         elif others := [step.method for step in self.steps if not isinstance(step, CacheSmoothing)]:
-            raise ValueError(f"without `scheme.weights` there is nothing to do for {', '.join(others)}: give the format")
+            raise ValueError(
+                f"without `scheme.weights` there is nothing to do for {', '.join(others)}: give the format"
+            )
         smoothing = [step.method for step in self.steps if isinstance(step, CacheSmoothing)]
         if len(smoothing) > 1 or (smoothing and self.scheme.cache is None):
             raise ValueError(f"{smoothing[0]} smooths one quantized cache: give `scheme.cache`, and the step once")

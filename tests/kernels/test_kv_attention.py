@@ -16,12 +16,20 @@ from without_layouts import interpreted
 from closeness import relative_error
 from halfbyte.errors import FormatError
 from halfbyte.kernels import kv_attention as kv
-from halfbyte.kernels.kv_attention import cuts, hopper_decode, reference, triton_combine, triton_decode, triton_write
+from halfbyte.kernels.kv_attention import (
+    cuts,
+    hopper_decode,
+    operands,
+    reference,
+    triton_combine,
+    triton_decode,
+    triton_write,
+)
 from halfbyte.kernels.kv_attention.cuts import Cut
 from halfbyte.numerics.cache import Coder
 from halfbyte.packing.code_bytes import bytes_for, pack
 
-FAST = interpreted(hopper_decode)
+FAST = interpreted(hopper_decode, operands)
 NEW_PROCESS = "import sys; import halfbyte.kernels.kv_attention; assert 'triton' not in sys.modules"
 
 
@@ -210,7 +218,7 @@ def test_caches_that_are_parts_of_larger_ones_are_read_in_place() -> None:
 def test_the_first_channel_of_a_word_taken_for_the_last_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every gate is seen red: a wrong order of channels, of keys or of values, and a forgotten zero."""
     arguments = step()
-    for name in ("_channel_of_key", "_channel_of_value"):
+    for name in ("channel_of_key", "channel_of_value"):
         right = getattr(FAST, name)
         monkeypatch.setattr(FAST, name, lambda place, words, right=right: right(place, words) ^ 7)
         assert errors(fast(arguments, Cut(1, 32, 2, 2)), arguments) > 0.1
@@ -241,6 +249,7 @@ def test_programs_fill_the_chip_and_are_no_more_than_steps() -> None:
         for capacity in (1, 100, 4096, 10**6):
             splits = cuts.choose(rows, capacity, 132).splits
             assert 1 <= splits <= cuts.MOST_SPLITS
+            assert cuts.choose(rows, capacity, 132, together=16) == Cut(splits, tokens=32, stages=4)
             assert (splits - 1) * 128 < capacity
 
 

@@ -12,12 +12,23 @@ from closeness import relative_error
 from halfbyte.errors import ModelError
 from halfbyte.numerics.activations import InputQuantizer
 from halfbyte.numerics.grid import fit
+from halfbyte.numerics.integer_scales import on_integer_grid
 from halfbyte.numerics.quantized import QuantizedModule, round_to_grid
 from halfbyte.runtime import fused_layers
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import QuantizedLinear
-from halfbyte.scheme import ActivationFormat, Convention, FloatScale, OutlierSplit, PerChannel, PerGroup, WeightFormat
+from halfbyte.scheme import (
+    ActivationFormat,
+    Convention,
+    FloatScale,
+    IntegerScale,
+    OutlierSplit,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    WeightFormat,
+)
 from tiny_models import tiny, tokens
 
 BYTES = WeightFormat(
@@ -47,8 +58,9 @@ def integer_linear(
     linear: nn.Linear, activations: ActivationFormat, format: WeightFormat = BYTES, scale: float = 1 / 16
 ) -> IntegerLinear:
     weight = linear.weight.float()
+    rounded = on_integer_grid(lambda w, f: round_to_grid(w, fit(w, f), f), weight, format, activations)
     module = QuantizedModule(
-        round_to_grid(weight, fit(weight, format), format),
+        rounded,
         InputQuantizer(activations, None if activations.dynamic else torch.tensor([scale])),
     )
     return IntegerLinear.from_module(module, linear.bias).prepare(linear.weight.dtype)
@@ -109,6 +121,25 @@ def test_where_weights_alone_are_quantized_the_products_are_joined(variant, conv
     assert relative_error(answers(twin), answers(model)) <= 1e-6
     before, after = (sum(isinstance(part, QuantizedLinear) for part in each.modules()) for each in (model, twin))
     assert after < before or "neox" in variant
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        WeightFormat(bits=4, granularity=PerGroup(size=8), scale=FloatScale(dtype="float32")),
+        WeightFormat(bits=4, granularity=PerGroup(size=8), scale=IntegerScale()),
+        WeightFormat(bits=8, granularity=PerTensor(), scale=FloatScale(dtype="float32")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox", "bert"])
+def test_any_symmetric_weight_can_be_in_a_fused_layer(variant, format):
+    model_type, changes = VARIANTS[variant]
+    model = tiny(model_type, torch.float32, **changes)
+    for path, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and ".layer" in path:
+            model.set_submodule(path, integer_linear(linear, PER_TOKEN, format))
+    assert relative_error(answers(fused(model)), answers(model)) <= ROUNDING
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -270,13 +301,8 @@ def test_a_layer_compiles_without_a_graph_break(variant):
         ("mlp.up_proj", {"activations": STATIC}, r"mlp\.gate_proj, mlp\.up_proj of .* are not of one format"),
         (
             "self_attn.o_proj",
-            {"activations": PER_TOKEN, "format": BYTES.model_copy(update={"granularity": PerGroup(size=8)})},
-            "has a weight of int8 sym g8 in bytes",
-        ),
-        (
-            "self_attn.o_proj",
-            {"activations": PER_TOKEN, "format": BYTES.model_copy(update={"stored": "words"})},
-            "has a weight of int8 sym per channel in words",
+            {"activations": PER_TOKEN, "format": BYTES.model_copy(update={"convention": Convention.ASYMMETRIC})},
+            "has a weight of int8 asym per channel with zero points",
         ),
     ],
 )

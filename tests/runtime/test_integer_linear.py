@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from halfbyte.layouts import LAYOUTS
 from halfbyte.layouts.inputs import write_inputs
 from halfbyte.numerics.activations import outlier_columns, simulate
 from halfbyte.numerics.quantized import QuantizedModule
-from halfbyte.runtime import integer_linear as room
+from halfbyte.runtime import outliers, products
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.scheme import ActivationFormat, Convention, FloatScale, OutlierSplit, PerChannel, PerGroup, PerTensor
 
@@ -193,6 +194,7 @@ def test_the_kernel_is_named_before_it_runs(weight, activations, kernel):
     ],
 )
 def test_the_named_kernel_is_the_one_that_runs(weight, activations, op, monkeypatch):
+    room = products if op == "int8_matmul" else outliers
     calls, real = [], getattr(room, op)
     monkeypatch.setattr(room, op, lambda *a, **k: (calls.append(op), real(*a, **k))[1])
     module, _, bias = problem(weight, activations)
@@ -205,7 +207,7 @@ def test_where_the_kernel_unpacks_words_the_weight_stays_packed(weight, monkeypa
     module, whole, bias = problem(weight, ActivationFormat())
     monkeypatch.setattr(IntegerLinear, "_readable_words", True)
     linear = IntegerLinear.from_module(module, bias).prepare(torch.float32)
-    assert linear._codes is linear.weight_packed
+    assert linear.product.weight is linear.weight_packed
     x = inputs_of(5)
     assert_close(linear(x), expected(module, whole, bias, x), rounding_steps=8)
 
@@ -296,11 +298,11 @@ def test_it_compiles_without_breaks(weight, activations):
 
 
 def forgotten_zero_points(linear):
-    linear._zeros = None
+    linear.product = replace(linear.product, zeros=None)
 
 
 def neighbours_scales(linear):
-    linear._scales = linear._scales.roll(1, dims=1)
+    linear.product = replace(linear.product, scales=linear.product.scales.roll(1, dims=1))
 
 
 def another_input_grid(linear):
@@ -331,12 +333,13 @@ def test_the_comparison_notices(bug):
 
 
 def forgotten_split(linear):
-    linear._listed = room.static_outliers(linear.outlier_columns[:0], linear.outlier_weight[:, :0], COLUMNS)
+    listed = outliers.static_outliers(linear.outlier_columns[:0], linear.outlier_weight[:, :0], COLUMNS)
+    linear._split = replace(linear._split, listed=listed)
 
 
 def decoded_in_place_of_kept(linear):
-    weight = linear._decoded(linear.outlier_columns)
-    linear._listed = room.static_outliers(linear.outlier_columns, weight, COLUMNS)
+    weight = linear.weight[:, linear.outlier_columns.long()] * linear.weight_scale
+    linear._split = replace(linear._split, listed=outliers.static_outliers(linear.outlier_columns, weight, COLUMNS))
 
 
 @pytest.mark.parametrize("bug", [forgotten_split, decoded_in_place_of_kept])

@@ -22,7 +22,7 @@ from halfbyte.runtime.fused_layers import Columns, FusedLinears, Linear, bert, g
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import UNPREPARED, QuantizedLinear
 from halfbyte.runtime.online import has_rotation
-from halfbyte.scheme import PerChannel
+from halfbyte.scheme import PerChannel, PerTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ LAYERS = {
 def fuse(model: nn.Module) -> int:
     """Fuse every layer that has quantized linears; how many there were. Edits in place, for inference alone.
 
-    Such a layer must have weights alone quantized; or int8 weights with a scale per output and symmetric 8-bit inputs,
-    per token or static, without outlier split. Its query, key and value may all be left out of that. The model computes
+    Such a layer must have weights alone quantized; or symmetric weights and symmetric 8-bit inputs, per token or static,
+    without outlier split. Its query, key and value may all be left out of that. The model computes
     what it computed before, to the rounding of its dtype. ModelError, before anything is changed, names what does not
     fit.
     """
@@ -141,14 +141,9 @@ def _obstacle(linear: nn.Module) -> str | None:
     if isinstance(linear, QuantizedLinear):
         return None
     inputs = linear.activations
-    if (
-        linear.weight is None
-        or linear.weight_zero_point is not None
-        or linear.weight_scale.numel() > len(linear.weight)
-    ):
+    if linear.weight_zero_point is not None:
         return (
-            f"has a weight of {linear.format} in {linear.format.stored}, not of symmetric int8 per channel in bytes: "
-            "choose `bits: 8`, `granularity: {kind: channel}`, `stored: bytes` and a symmetric convention"
+            f"has a weight of {linear.format} with zero points: choose a symmetric convention, or load without fusing"
         )
     if inputs.outliers is not None or not inputs.symmetric or inputs.bits != 8 or inputs.clip < 1:
         return f"has inputs of {inputs}, not symmetric ones of 8 bits without split or clip: load without fusing"
@@ -201,14 +196,21 @@ def _bias(linear: Linear) -> Tensor:
 
 def _integers(linears: Sequence[IntegerLinear], bias: Tensor | None) -> IntegerLinear:
     first, outs = linears[0], sum(linear.out_features for linear in linears)
-    scales = [linear.weight_scale.view(-1, 1).expand(linear.out_features, 1) for linear in linears]
-    tensors = {
-        "weight": torch.cat([linear.get_buffer("weight") for linear in linears]),
-        "weight_scale": torch.cat(scales),
-    }
+    tensors = {}
+    for name in ("weight", "weight_packed", "weight_amplifier", "weight_reach"):
+        if getattr(first, name) is not None:
+            tensors[name] = torch.cat([linear.get_buffer(name) for linear in linears])
+    grids = [
+        linear.weight_scale.view(-1, 1) if linear.weight_scale.dim() == 1 else linear.weight_scale for linear in linears
+    ]
+    rows = [grid.expand(linear.out_features, -1) for linear, grid in zip(linears, grids, strict=True)]
+    tensors["weight_scale"] = torch.cat(rows)
+    if first.weight_shape is not None:
+        tensors["weight_shape"] = first.weight_shape.new_tensor([outs, first.in_features])
     if first.input_scale is not None:
         tensors["input_scale"] = first.input_scale
-    format = first.format.model_copy(update={"granularity": PerChannel()})
+    whole_tensor = isinstance(first.format.granularity, PerTensor)
+    format = first.format.model_copy(update={"granularity": PerChannel()}) if whole_tensor else first.format
     whole = IntegerLinear(first.in_features, outs, format, first.activations, bias=bias is not None, device="meta")
     return whole.fill(tensors, bias).prepare(first._dtype.dtype)
 

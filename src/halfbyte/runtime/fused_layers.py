@@ -15,11 +15,12 @@ weights alone are quantized there are no codes: only the products are joined.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from halfbyte.kernels.token_quantize import (
     Approximation,
+    QuantizedTokens,
     gelu_quantize,
     layer_norm_quantize,
     quantize_static,
@@ -27,14 +28,11 @@ from halfbyte.kernels.token_quantize import (
     rms_norm_quantize,
     silu_mul_quantize,
 )
-from halfbyte.kernels.w8a8 import int8_matmul
+from halfbyte.runtime.codes import Codes
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import QuantizedLinear
 
 Linear = IntegerLinear | QuantizedLinear
-
-Codes = tuple[Int8[Tensor, "tokens in"], Float32[Tensor, "tokens"] | Float32[Tensor, "1"]]
-"""Of tokens, and one scale for each or one for all."""
 
 Read = Codes | Float[Tensor, "tokens in"]
 """What a linear reads: codes, or tokens as they are where its weight alone is quantized."""
@@ -120,11 +118,14 @@ def product(
     if isinstance(linear, QuantizedLinear):
         assert isinstance(read, Tensor)
         return linear(read) if residual is None else residual + linear(read)
-    assert linear.weight is not None
-    x, x_scales = read
-    return int8_matmul(
-        x, x_scales, linear.weight, linear._scales[:, 0], bias=linear.bias, residual=residual, dtype=dtype
-    )
+    assert linear.product is not None
+    assert isinstance(read, Codes)
+    return linear.product(read, dtype, linear.bias, residual)
+
+
+def of_found(found: QuantizedTokens) -> Codes:
+    """Symmetric codes with a scale for each token."""
+    return Codes(found.codes, found.scales[:, None], None)
 
 
 def finds_scales(linear: Linear) -> bool:
@@ -137,33 +138,29 @@ def of_tokens(x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     if isinstance(linear, QuantizedLinear):
         return x
     if linear.input_scale is not None:
-        return quantize_static(x, linear.input_scale), linear.input_scale
-    found = quantize_tokens(x)
-    return found.codes, found.scales
+        return Codes(quantize_static(x, linear.input_scale), linear.input_scale[None], None)
+    return of_found(quantize_tokens(x))
 
 
 def after_rms_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """norm(x) as `linear` reads it."""
     if not finds_scales(linear):
         return of_tokens(norm(x), linear)
-    found, _ = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, rounds_before_weight=True)
-    return found.codes, found.scales
+    return of_found(rms_norm_quantize(x, norm.weight, norm.variance_epsilon, rounds_before_weight=True)[0])
 
 
 def after_layer_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """norm(x) as `linear` reads it."""
     if not finds_scales(linear):
         return of_tokens(norm(x), linear)
-    found, _ = layer_norm_quantize(x, norm.weight, norm.bias, norm.eps)
-    return found.codes, found.scales
+    return of_found(layer_norm_quantize(x, norm.weight, norm.bias, norm.eps)[0])
 
 
 def after_gate(mlp: Any, inner: Float[Tensor, "tokens gates_and_ups"], linear: Linear) -> Read:
     """act(gate) · up as `linear` reads it. `mlp`: the model's own, between stand-ins."""
     if not finds_scales(linear) or type(mlp.act_fn).__name__ not in SILU:
         return of_tokens(mlp(inner), linear)
-    found = silu_mul_quantize(inner)
-    return found.codes, found.scales
+    return of_found(silu_mul_quantize(inner))
 
 
 def after_activation(activation: nn.Module, mlp: nn.Module, inner: Float[Tensor, "tokens in"], linear: Linear) -> Read:
@@ -171,5 +168,4 @@ def after_activation(activation: nn.Module, mlp: nn.Module, inner: Float[Tensor,
     approximate = GELU.get(type(activation).__name__)
     if not finds_scales(linear) or approximate is None:
         return of_tokens(mlp(inner), linear)
-    found = gelu_quantize(inner, approximate=approximate)
-    return found.codes, found.scales
+    return of_found(gelu_quantize(inner, approximate=approximate))

@@ -106,7 +106,8 @@ def _on_cuda(
     if exact is not None and exact.seen is not None:
         exact = exact._replace(seen=exact.seen.contiguous())
     with torch.cuda.device_of(query):  # triton launches on the current device, which need not be where the query is
-        cut = cuts.choose(query.shape[0] * keys.codes.shape[1], keys.codes.shape[2], cuts.processors(query.device))
+        (rows, query_heads, _), (_, kv_heads, capacity, _) = query.shape, keys.codes.shape
+        cut = cuts.choose(rows * kv_heads, capacity, cuts.processors(query.device), query_heads // kv_heads)
         return launch(query, keys, values, last, key_now, value_now, first, exact, smoothing, scaling, cut)
 
 

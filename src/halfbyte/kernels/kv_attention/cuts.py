@@ -76,8 +76,8 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose(rows: int, capacity: int, multiprocessors: int) -> Cut:
-    """The cut for so many rows and key heads together, measured on an H200.
+def choose(rows: int, capacity: int, multiprocessors: int, together: int = 1) -> Cut:
+    """The cut for so many rows and key heads together, measured on an H200. `together`: query heads of a key head.
 
     As many programs as run at once, or two or three times as many: a last round that is nearly empty costs as much as a
     full one. No length is asked for, since it is on the GPU: splits share what there is.
@@ -88,7 +88,9 @@ def choose(rows: int, capacity: int, multiprocessors: int) -> Cut:
     good = [splits for waves, splits in filled.items() if splits * rows >= GOOD * slots * waves]
     wanted = good[0] if good else max(filled.values(), key=lambda splits: _share(splits * rows, slots))
     enough = min(-(-capacity // FEWEST_TOKENS), -(-multiprocessors // rows))
-    return Cut(max(1, min(wanted, max(capacity // (2 * FEWEST_TOKENS), enough), MOST_SPLITS)))
+    splits = max(1, min(wanted, max(capacity // (2 * FEWEST_TOKENS), enough), MOST_SPLITS))
+    # twice the columns: 64 tokens would not fit the registers
+    return Cut(splits) if together <= 8 else Cut(splits, tokens=32, stages=4)
 
 
 def _share(programs: int, slots: int) -> float:

@@ -10,9 +10,6 @@ the left operand of both products; what OR-ing adds is in the sums that the prod
 
 A share is 2^(score - m). So that it fits float16 times its token's step, m is the greatest of score + log2 step.
 
-    x[d] word 8·i .. 8·i+7:   bits 31-28 27-24 23-20 19-16 15-12 11-8 7-4 3-0
-                         channel  7     6     5     4     3    2   1   0
-
 A split's sums go to `sums`, its m and Σ shares to `tops` and `totals`; `combine` makes the answer of them. All heads that
 share keys are columns of one product.
 """
@@ -21,7 +18,7 @@ share keys are columns of one product.
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalOperand=false
 # pyright: reportAssignmentType=false
 # triton's decorators change signatures in ways that types do not tell
-# ruff: noqa: RET505, RUF005 - triton compiles what follows a return, and has no stars
+# ruff: noqa: RUF005 - triton compiles what follows a return, and has no stars
 
 import torch
 import triton.language as tl
@@ -32,6 +29,18 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.kv_attention.cuts import Cut, Partial, empty_partial
+from halfbyte.kernels.kv_attention.operands import (
+    along,
+    channel_of_key,
+    channel_of_value,
+    keys_operand,
+    log_2,
+    of_group,
+    over_registers,
+    power_of_2,
+    repeated,
+    values_operand,
+)
 from halfbyte.kernels.kv_attention.tokens import PackedTokens
 
 # a name that changed between triton 3.6 and 3.9
@@ -39,123 +48,6 @@ copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_cop
 commit, wait = async_copy.commit_group, async_copy.wait_group
 
 NOTHING = tl.constexpr(-1.0e30)  # a top below all scores
-
-
-@gluon.jit
-def _along(axis: tl.constexpr, length: tl.constexpr, layout: tl.constexpr):
-    """0 .. length - 1 along one axis of three, one wide along the others."""
-    if axis == 0:
-        return gl.expand_dims(gl.expand_dims(gl.arange(0, length, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
-    elif axis == 1:
-        return gl.expand_dims(gl.expand_dims(gl.arange(0, length, gl.SliceLayout(0, gl.SliceLayout(2, layout))), 0), 2)
-    else:
-        return gl.expand_dims(gl.expand_dims(gl.arange(0, length, gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
-
-
-@gluon.jit
-def _neighbours(pairs):
-    """The two float16 of every word, side by side."""
-    low = (pairs & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
-    return gl.join(low, (pairs >> 16).to(gl.int16).to(gl.float16, bitcast=True))
-
-
-@gluon.jit
-def _plus_magic(words, magic):
-    """Nibbles 0 and 4, 1 and 5, ... of each word as float16, [..., half, far, next]: 1024 more, or 64 where next is 1."""
-    moved = words >> 8
-    near = _neighbours(words & 0x000F000F | magic[0])
-    near_next = _neighbours(words & 0x00F000F0 | magic[1])
-    far = _neighbours(moved & 0x000F000F | magic[0])
-    far_next = _neighbours(moved & 0x00F000F0 | magic[1])
-    return gl.join(gl.join(near, far), gl.join(near_next, far_next))
-
-
-@gluon.jit
-def _of_group(x, g: tl.constexpr, GROUPS: tl.constexpr):
-    """The g-th part of the last axis, of one or two."""
-    if GROUPS == 1:
-        return x
-    else:
-        SHAPE: tl.constexpr = x.shape
-        first, second = gl.split(gl.permute(gl.reshape(x, (SHAPE[0], SHAPE[1], 2, SHAPE[2] // 2)), (0, 1, 3, 2)))
-        if g == 0:
-            return first
-        else:
-            return second
-
-
-@gluon.jit
-def _keys_operand(words, magic, WARPS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, operand: tl.constexpr):
-    """Words [WARPS, TOKENS, WORDS] as the left operand [WARPS, TOKENS, 8 · WORDS]; `_channel_of_key` tells the order."""
-    a = gl.reshape(_plus_magic(words, magic), (WARPS, TOKENS, 4, WORDS // 4, 2, 2, 2))
-    a = gl.reshape(gl.permute(a, (0, 1, 3, 5, 6, 2, 4)), (WARPS, TOKENS, 8 * WORDS))
-    return gl.convert_layout(a, operand, assert_trivial=True)
-
-
-@gluon.jit
-def _channel_of_key(k, WORDS: tl.constexpr):
-    """The channel, within its group, at place k of the product's inner axis."""
-    word = (k >> 1 & 3) * (WORDS // 4) + (k >> 5)
-    return word * 8 + (k & 1) * 4 + (k >> 4 & 1) * 2 + (k >> 3 & 1)
-
-
-@gluon.jit
-def _values_operand(
-    words, magic, WARPS: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, operand: tl.constexpr
-):  # fmt: skip
-    """Words [WARPS, TOKENS, WORDS] as the left operand [WARPS, 8 · WORDS, TOKENS]; `_channel_of_value` tells the order."""
-    pairs = gl.permute(gl.reshape(words, (WARPS, TOKENS // 2, 2, WORDS)), (0, 1, 3, 2))
-    even, odd = gl.split(pairs)
-    low = even & 0xFFFF | odd << 16
-    high = even >> 16 & 0xFFFF | odd & -65536
-    # warp pairs of tokens, lane's words, token of the pair, far, next, half
-    a = gl.join(_plus_magic(low, magic), _plus_magic(high, magic))
-    a = gl.reshape(a, (WARPS, TOKENS // 2, 8, WORDS // 8, 2, 2, 2, 2))
-    a = gl.reshape(gl.permute(a, (0, 3, 7, 5, 6, 2, 1, 4)), (WARPS, 8 * WORDS, TOKENS))
-    return gl.convert_layout(a, operand, assert_trivial=True)
-
-
-@gluon.jit
-def _channel_of_value(m, WORDS: tl.constexpr):
-    """The channel, within its group, of row m of the product."""
-    word = (m & 7) * (WORDS // 8) + (m >> 6)
-    return word * 8 + (m >> 5 & 1) * 4 + (m >> 4 & 1) * 2 + (m >> 3 & 1)
-
-
-@gluon.jit
-def _repeated(tile, TIMES: tl.constexpr, WARPS: tl.constexpr, HEADS: tl.constexpr, layout: tl.constexpr):
-    """[WARPS, 16, HEADS], TIMES times over each other."""
-    many = tile
-    for log in gl.static_range(4):
-        if 2**log < TIMES:
-            many = gl.join(many, many)
-    many = gl.permute(gl.reshape(many, (WARPS, 16, HEADS, TIMES)), (0, 3, 1, 2))
-    return gl.convert_layout(gl.reshape(many, (WARPS, TIMES * 16, HEADS)), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _over_registers(x, WARPS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, layout: tl.constexpr):
-    """Sums over every 16th token, [WARPS, 16, HEADS]: no lane asks another."""
-    sums = gl.sum(gl.reshape(x, (WARPS, TOKENS // 16, 16, HEADS)), 1)
-    return gl.convert_layout(sums, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _power_of_2(x, PTX: tl.constexpr):
-    """2**x; in PTX without the instructions that make subnormal results."""
-    if PTX:
-        return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
-    else:
-        return gl.exp2(x)
-
-
-@gluon.jit
-def _log_2(x, PTX: tl.constexpr):
-    """log2 x of a normal x, within 2**-20."""
-    if PTX:
-        return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
-    else:
-        return gl.log2(x)
 
 
 @gluon.jit
@@ -186,8 +78,8 @@ def _query(
     DIM: tl.constexpr, SCALED: tl.constexpr, operand: tl.constexpr,
 ):  # fmt: skip
     """The heads' queries as the right operand [1, channels of the group, WIDE], heads that are none 0."""
-    channel = g * (8 * WORDS) + _channel_of_key(_along(1, 8 * WORDS, operand), WORDS)
-    head = _along(2, WIDE, operand) + _along(0, 1, operand)
+    channel = g * (8 * WORDS) + channel_of_key(along(1, 8 * WORDS, operand), WORDS)
+    head = along(2, WIDE, operand) + along(0, 1, operand)
     query = gl.load(query_ptr + head * DIM + channel, mask=head < HEADS, other=0.0).to(gl.float32)
     if SCALED:
         query *= gl.load(key_scale_ptr + kv_head * DIM + channel)
@@ -247,8 +139,8 @@ def decode_kernel(
     # int64: a cache may have more than 2**31 codes
     codes_at = batch.to(gl.int64) * codes_batch + kv_head.to(gl.int64) * codes_head
     grids_at = batch.to(gl.int64) * grids_batch + kv_head.to(gl.int64) * grids_head
-    token = begin + _along(0, WARPS, copied) * TOKENS + _along(1, TOKENS, copied)
-    word = codes_at + token * WORDS + _along(2, WORDS, copied)
+    token = begin + along(0, WARPS, copied) * TOKENS + along(1, TOKENS, copied)
+    word = codes_at + token * WORDS + along(2, WORDS, copied)
     key_words = key_ptr + word
     value_words = value_ptr + word
     for stage in gl.static_range(STAGES - 1):
@@ -267,9 +159,9 @@ def decode_kernel(
     # query operands, what the scores start from, and what a zero is worth
     empty16 = gl.full((WARPS, 16, WIDE), 0.0, gl.float32, sums_in)
     ones = gl.full((WARPS, 16, 8 * KEY_WORDS), 1.0, gl.float16, left)
-    key_magic = gl.where((_along(2, 8 * KEY_WORDS, left) >> 3 & 1) == 0, -1024.0, -64.0).to(gl.float16)
+    key_magic = gl.where((along(2, 8 * KEY_WORDS, left) >> 3 & 1) == 0, -1024.0, -64.0).to(gl.float16)
     key_magic = key_magic * ones
-    value_magic = gl.where((_along(1, 16, left) & 8) == 0, -1024.0, -64.0).to(gl.float16)
+    value_magic = gl.where((along(1, 16, left) & 8) == 0, -1024.0, -64.0).to(gl.float16)
     value_magic = value_magic * gl.full((WARPS, 16, TOKENS), 1.0, gl.float16, left)
     queries = ()
     starts = ()
@@ -279,8 +171,8 @@ def decode_kernel(
         query = _query(query_at, key_scale_ptr, kv_head, g, KEY_WORDS, HEADS, WIDE, DIM, SCALED, right)
         query = query * gl.full((WARPS, 8 * KEY_WORDS, WIDE), 1.0, gl.float16, right)
         queries = queries + (query,)
-        starts = starts + (_repeated(mma_v2(key_magic, query, empty16), TOKENS // 16, WARPS, WIDE, sums_in),)
-        worths = worths + (_repeated(mma_v2(ones, query, empty16) * score_scale, TOKENS // 16, WARPS, WIDE, sums_in),)
+        starts = starts + (repeated(mma_v2(key_magic, query, empty16), TOKENS // 16, WARPS, WIDE, sums_in),)
+        worths = worths + (repeated(mma_v2(ones, query, empty16) * score_scale, TOKENS // 16, WARPS, WIDE, sums_in),)
 
     top = gl.full((WARPS, WIDE), NOTHING, gl.float32, gl.SliceLayout(1, sums_in))
     total = empty16
@@ -307,7 +199,7 @@ def decode_kernel(
 
         key_tile = key_ring.index(slot).load(of_keys)
         for g in gl.static_range(KEY_GROUPS):
-            key_codes = _keys_operand(_of_group(key_tile, g, KEY_GROUPS), magics, WARPS, TOKENS, KEY_WORDS, left)
+            key_codes = keys_operand(of_group(key_tile, g, KEY_GROUPS), magics, WARPS, TOKENS, KEY_WORDS, left)
             products = mma_v2(key_codes, queries[g], starts[g])
             key_step = key_grids[g][0].to(gl.float32) * score_scale
             key_zero = key_grids[g][1].to(gl.float32)
@@ -318,25 +210,25 @@ def decode_kernel(
         largest = value_grids[0][0].to(gl.float32)
         for g in gl.static_range(1, VALUE_GROUPS):
             largest = gl.maximum(largest, value_grids[g][0].to(gl.float32))
-        weight = _log_2(gl.maximum(largest, 2.0**-24), PTX)
+        weight = log_2(gl.maximum(largest, 2.0**-24), PTX)
         new_top = gl.maximum(top, gl.max(scores + gl.expand_dims(weight, 2), 1))
-        fade = _power_of_2(top - new_top, PTX)
+        fade = power_of_2(top - new_top, PTX)
         top = new_top
-        shares = _power_of_2(scores - gl.expand_dims(new_top, 1), PTX)
+        shares = power_of_2(scores - gl.expand_dims(new_top, 1), PTX)
         fades = gl.expand_dims(fade, 1)
-        total = total * fades + _over_registers(shares, WARPS, TOKENS, WIDE, sums_in)
+        total = total * fades + over_registers(shares, WARPS, TOKENS, WIDE, sums_in)
         value_tile = value_ring.index(slot).load(of_values)
         new_zeros = ()
         new_sums = ()
         for g in gl.static_range(VALUE_GROUPS):
             value_zero = gl.expand_dims(value_grids[g][1].to(gl.float32), 2)
-            worth = _over_registers(shares * value_zero, WARPS, TOKENS, WIDE, sums_in)
+            worth = over_registers(shares * value_zero, WARPS, TOKENS, WIDE, sums_in)
             new_zeros = new_zeros + (zeros[g] * fades + worth,)
             weighted = (shares * gl.expand_dims(value_grids[g][0].to(gl.float32), 2)).to(gl.float16)
             weighted = gl.convert_layout(weighted, right)
-            value_starts = _repeated(mma_v2(value_magic, weighted, empty16), VALUE_WORDS // 2, WARPS, WIDE, sums_in)
-            value_codes = _values_operand(
-                _of_group(value_tile, g, VALUE_GROUPS), magics, WARPS, TOKENS, VALUE_WORDS, left
+            value_starts = repeated(mma_v2(value_magic, weighted, empty16), VALUE_WORDS // 2, WARPS, WIDE, sums_in)
+            value_codes = values_operand(
+                of_group(value_tile, g, VALUE_GROUPS), magics, WARPS, TOKENS, VALUE_WORDS, left
             )
             new_sums = new_sums + (sums[g] * fades + mma_v2(value_codes, weighted, value_starts),)
         zeros = new_zeros
@@ -363,7 +255,7 @@ def decode_kernel(
         zero = gl.convert_layout(gl.sum(gl.sum(zeros[g] * faded, 1), 0), gl.SliceLayout(0, of_sums))
         merged = gl.sum(sums[g] * faded, 0) + gl.expand_dims(zero, 0)
         m = gl.expand_dims(gl.arange(0, 8 * VALUE_WORDS, gl.SliceLayout(1, of_sums)), 1)
-        channel = g * (8 * VALUE_WORDS) + _channel_of_value(m, VALUE_WORDS)
+        channel = g * (8 * VALUE_WORDS) + channel_of_value(m, VALUE_WORDS)
         gl.store(sums_ptr + at + channel, merged, mask=head < HEADS)
 
 

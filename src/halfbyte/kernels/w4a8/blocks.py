@@ -37,7 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
-from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, after
+from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, after, by_lanes, by_rows
 from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Block, processors, units_of
 from halfbyte.kernels.w4a8.turns import place, run_of, share_of, steps_each
 
@@ -122,7 +122,7 @@ def _multiply(
     SPLIT: tl.constexpr, BESIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = BLOCK_M if BLOCK_M < 128 else 128  # the most that triton multiplies at once in int8
-    EARLY_SCALES: tl.constexpr = BLOCK_M <= 32  # where there are registers for them
+    FEW: tl.constexpr = BLOCK_M <= 16  # then scales wait in registers, and results go to memory from there
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     real: tl.constexpr = gl.float32 if KIND == FLOAT else gl.int32
     sums: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
@@ -130,7 +130,13 @@ def _multiply(
     m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, sums)), 0)
     none = gl.full((EACH * 64, BLOCK_M), 0, gl.int32, sums)
     size: tl.constexpr = WORKERS * EACH * 64 * BLOCK_M
-    inside = worker * (EACH * 64 * BLOCK_M) + n * BLOCK_M + m
+    lanes: tl.constexpr = gl.BlockedLayout([EACH * BLOCK_M // 4, 1, 2], [1, 32, 1], [1, 4, 1], [2, 1, 0])
+    of_threads: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, lanes))
+    registers = gl.arange(0, EACH * BLOCK_M // 4, gl.SliceLayout(1, gl.SliceLayout(2, lanes)))
+    inside = gl.expand_dims(gl.expand_dims(gl.arange(0, 128, of_threads), 0), 2) * 2
+    inside += gl.expand_dims(gl.expand_dims(gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, lanes))), 0), 1)
+    inside += gl.expand_dims(gl.expand_dims(registers, 1), 2) * 256
+    partial_ptr += worker * (EACH * 64 * BLOCK_M)
 
     blocks = blocks_m * blocks_n
     each = steps_each(blocks, steps, SHARED)
@@ -149,7 +155,7 @@ def _multiply(
             begin += gl.num_programs(0) * steps
         tile = (block_n * WORKERS + worker) * EACH
         token = block_m * BLOCK_M + m
-        if EARLY_SCALES:
+        if FEW:
             gdc_wait()
             x_scales = gl.load(x_scales_ptr + token, mask=token < tokens, other=0.0)
             row_scales = gl.load(row_scales_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0)
@@ -169,7 +175,8 @@ def _multiply(
                     pass
                 for other in range(others):
                     theirs = share + 1 + other if SHARED else block * (SPLIT - 1) + other
-                    total += gl.load(partial_ptr + theirs.to(gl.int64) * size + inside, cache_modifier=".cg")
+                    left = gl.load(partial_ptr + theirs.to(gl.int64) * size + inside, cache_modifier=".cg")
+                    total += by_rows(left, EACH, BLOCK_M, sums)
                 gl.atomic_xchg(counter, 0)
             count = ahead
         total, slot, phase = add_steps(
@@ -178,18 +185,18 @@ def _multiply(
         )  # fmt: skip
         if first > 0:
             mine = share if SHARED else block * (SPLIT - 1) + share - 1
-            gl.store(partial_ptr + mine.to(gl.int64) * size + inside, total)
+            gl.store(partial_ptr + mine.to(gl.int64) * size + inside, by_lanes(total, EACH, BLOCK_M, lanes))
             barrier()
             gl.atomic_add(counter, 1)
         else:
-            if not EARLY_SCALES:
+            if not FEW:
                 gdc_wait()
                 x_scales = gl.load(x_scales_ptr + token, mask=token < tokens, other=0.0)
                 row_scales = gl.load(row_scales_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0)
             y = total.to(gl.float32) * x_scales * row_scales
             if HAS_BIAS:
                 y += gl.load(bias_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0).to(gl.float32)
-            if BLOCK_M <= 32:
+            if FEW:
                 at = token.to(gl.int64) * outs + tile * 64 + n
                 gl.store(y_ptr + at, y.to(dtype), mask=(token < tokens) & (tile * 64 + n < outs))
             else:
@@ -199,7 +206,7 @@ def _multiply(
                 fence_async_shared()
                 barrier()
                 flush(y_tiles, [block_m * BLOCK_M, tile * 64], y_stage.index(worker))
-    if BLOCK_M > 32:
+    if not FEW:
         tma.store_wait(0)
 
 
@@ -218,7 +225,7 @@ def _blocks_kernel(
     words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, TILES, UNITS * 32, 32], gl.NVMMASharedLayout(128, 32, 3))
     scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, TILES * 32], gl.NVMMASharedLayout(0, 32, 2))
     # few results go to memory as they are
-    STAGED: tl.constexpr = BLOCK_M if BLOCK_M > 32 else 8
+    STAGED: tl.constexpr = BLOCK_M if BLOCK_M > 16 else 8
     y_stage = gl.allocate_shared_memory(
         y_ptr.dtype.element_ty, [WORKERS, STAGED, EACH * 64], gl.NVMMASharedLayout(128, 16, 2)
     )

@@ -132,3 +132,19 @@ def add_steps(
                 total += products[unit].to(total.dtype) * scales[unit]
         slot, phase = after(slot, phase, STAGES)
     return total, slot, phase
+
+
+@gluon.jit
+def by_lanes(total, EACH: tl.constexpr, BLOCK_M: tl.constexpr, lanes: tl.constexpr):
+    """Sums [64 · EACH, BLOCK_M] as [registers, threads, 2]: what one instruction of a crew stores lies side by side."""
+    #                         tile  strip half row columns pair next
+    both = gl.reshape(total, (EACH, 4, 2, 8, BLOCK_M // 8, 4, 2))
+    both = gl.reshape(gl.permute(both, (0, 2, 4, 1, 3, 5, 6)), (EACH * BLOCK_M // 4, 128, 2))
+    return gl.convert_layout(both, lanes, assert_trivial=True)
+
+
+@gluon.jit
+def by_rows(both, EACH: tl.constexpr, BLOCK_M: tl.constexpr, sums: tl.constexpr):
+    """The inverse of `by_lanes`."""
+    total = gl.permute(gl.reshape(both, (EACH, 2, BLOCK_M // 8, 4, 8, 4, 2)), (0, 3, 1, 4, 2, 5, 6))
+    return gl.convert_layout(gl.reshape(total, (EACH * 64, BLOCK_M)), sums, assert_trivial=True)
