@@ -110,6 +110,8 @@ def test_the_anatomy_shows_every_field_of_a_recipe():
 
 
 WITHOUT_ROWS: set[str] = {
+    "wkvquant-w4a8kv4",
+    "qoq-w4a8kv4",
     "omniquant-w4a16",
     "omniquant-w3a16",
     "omniquant-w4a4",

@@ -11,13 +11,11 @@ import halfbyte.huggingface  # noqa: F401 - registers the quantizer
 from closeness import assert_close, relative_error
 from halfbyte.errors import CheckpointError, FormatError, ModelError, RecipeError
 from halfbyte.layouts.convert import export
-from halfbyte.layouts.rotations import online_inputs, online_keys, rotation_entry
 from halfbyte.models.tables import ARCHITECTURES
 from halfbyte.pipeline import dry_run
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.load import load, load_model
 from halfbyte.runtime.online import has_rotation
-from halfbyte.scheme import OnlineHadamard
 from test_pipeline import contents, recipe, run, save_model
 from tiny_models import CONFIGURATIONS, tokens
 
@@ -145,17 +143,6 @@ def test_a_damaged_entry_is_refused(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"online_hadamards of config.json is damaged"):
         load(tmp_path / "out", device="cpu")
-
-
-def test_the_checkpoint_has_words_for_rotated_keys_and_no_cache_that_rotates_them(tmp_path):
-    entry = rotation_entry({}, OnlineHadamard(size=8, seed=1), ["model.layers.0.mlp.down_proj"])
-    assert online_keys(entry) == OnlineHadamard(size=8, seed=1)
-    assert online_inputs(entry, ["model.layers.0.mlp.down_proj"]) == {}
-    assert online_keys({}) is None
-    assert rotation_entry({}, None, ["lm_head"]) == {}
-    source = save_model(tmp_path / "float")
-    with pytest.raises(RecipeError, match="take `keys` out of `online`"):
-        run(source, tmp_path / "out", recipe(FOLDED | {"online": ["keys"]}, RTN), calibration=None)
 
 
 def test_a_model_that_cannot_be_rotated_is_refused_before_anything_is_written(tmp_path):

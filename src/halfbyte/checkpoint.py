@@ -171,13 +171,15 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
         for record in report.modules
         if record.input_format is not None
     }
-    quantization = LAYOUT.config(on_disk, ignored_paths(skeleton, plan), inputs) if on_disk else {"ignore": []}
+    quantization: dict[str, Any] = (
+        LAYOUT.config(on_disk, ignored_paths(skeleton, plan), inputs) if on_disk else {"ignore": []}
+    )
     quantization |= cache_entry(recipe.scheme.cache)
     quantization["quant_method"] = plan.layout
     linear_paths = [skeleton.disk_path(module.path) for module in plan]
     online = {skeleton.disk_path(path): each for path, each in plan.rotations.inputs.items()}
     others = [path for path in linear_paths if path not in online]
-    quantization |= rotation_entry(online, plan.rotations.keys, others)
+    quantization |= rotation_entry(online, others)
     quantization |= embedding_entry({skeleton.disk_path(path): format for path, format in plan.tables.items()})
     sidecar = {
         "provenance": report.provenance,

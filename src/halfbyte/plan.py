@@ -38,7 +38,6 @@ class PlannedRotations:
     """What a recipe's rotation leaves to run time, and what it costs on disk."""
 
     inputs: Mapping[str, OnlineHadamard] = field(default_factory=dict)  # by path of the linear that reads them
-    keys: OnlineHadamard | None = None
     untied: int = 0  # bytes of a head that no longer shares the embedding's weight
 
 
@@ -124,15 +123,10 @@ def plan_rotations(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> Pl
     if rotation is None:
         return PlannedRotations()
     rotation.check(skeleton)
-    if rotation.online_keys(skeleton) is not None:
-        raise RecipeError(
-            f"recipe {recipe.name!r} rotates queries and keys for a quantized cache, which this version's caches do not do "
-            "yet: take `keys` out of `online`"
-        )
     size = 0
     if rotation.unties and table is not None and skeleton.stored_name(f"{table.head}.weight", files) not in files:
         size = files.nbytes(skeleton.stored_name(f"{table.embeddings[0]}.weight", files))
-    return PlannedRotations(rotation.online_inputs(skeleton), rotation.online_keys(skeleton), size)
+    return PlannedRotations(rotation.online_inputs(skeleton), size)
 
 
 def plan_tables(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightFormat]:
@@ -156,6 +150,14 @@ def plan_tables(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightFormat]:
         except WeightError as cause:
             raise WeightError(f"{path}: {cause}") from cause
     return dict.fromkeys(tables, format)
+
+
+def saved_bytes(skeleton: Skeleton, files: WeightFiles, path: str, format: WeightFormat) -> int:
+    """How much smaller a table of embeddings is on disk in this format."""
+    name = skeleton.stored_name(f"{path}.weight", files)
+    rows, dim = files.shape(name)
+    scale_rows, groups = scales_shape(rows, dim, format.granularity)
+    return files.nbytes(name) - rows * dim - 4 * scale_rows * groups
 
 
 def check_formats(
@@ -215,7 +217,7 @@ def layout_name(
     inputs = [module.activations for module in modules if module.activations is not None]
     beyond = any(each.outliers is not None or each.clip < 1 for each in inputs)
     integers = any(module.format is not None and isinstance(module.format.scale, IntegerScale) for module in modules)
-    online = bool(rotations.inputs or tables) or rotations.keys is not None or cache is not None
+    online = bool(rotations.inputs or tables) or cache is not None
     return LAYOUT.name if transposed or beyond or integers or online else "compressed-tensors"
 
 

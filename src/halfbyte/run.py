@@ -34,6 +34,7 @@ from halfbyte.plan import (
     plan_modules,
     plan_rotations,
     plan_tables,
+    saved_bytes,
 )
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.load import load_model, load_tokenizer
@@ -93,13 +94,13 @@ class Run:
         )
         before = sum(self.files.nbytes(name) for name in self.files)
         after = (
-            before + sum(module.bytes_after - module.bytes_before for module in self.modules) + self.rotations.untied
+            before
+            + sum(module.bytes_after - module.bytes_before for module in self.modules)
+            + self.rotations.untied
+            - sum(saved_bytes(self.skeleton, self.files, path, format) for path, format in self.tables.items())
         )
         host, device = peak_memory(self.skeleton, self.modules, work)
         seconds = estimate_seconds(self.modules, work, measured_flops(self.device), self.recipe) if with_time else None
-        for path in self.tables:
-            module = self.skeleton.model.get_submodule(path)
-            after -= (self.stored_dtype.itemsize - 1) * module.weight.numel() - 4 * module.num_embeddings
         layout = layout_name(self.skeleton, self.modules, self.rotations, self.recipe.scheme.cache, self.tables)
         return Plan(self.modules, layout, before, after, host, device, seconds, self.rotations, self.tables)
 

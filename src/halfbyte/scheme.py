@@ -243,10 +243,10 @@ class ActivationFormat(Value):
 
 
 class OnlineHadamard(Value):
-    """A rotation that a model needs at run time: what enters a linear, or a head's keys, times a Hadamard matrix."""
+    """A rotation that a model needs at run time: what enters a linear, times a Hadamard matrix."""
 
     size: int = Field(ge=1)
-    """Neighbouring coordinates that are rotated together: all of a linear's inputs, or one head's."""
+    """Coordinates that are rotated together: all of a linear's inputs."""
     seed: int | None = None
     """Of random signs before it; None: no signs."""
     fallback: bool = False
@@ -271,6 +271,8 @@ class CacheFormat(Value):
     block: int = Field(default=32, ge=2)  # of keys per channel
     rope: Literal["after", "before"] = "after"
     """Keys are stored as rotated, or as they were before; then the whole past is rotated anew at every step."""
+    rotate_keys: bool = False
+    """Keys are stored times a Hadamard matrix for each head (R3 of QuaRot, arXiv 2404.00456): no channel is loud then."""
     edge_layers: int = Field(default=0, ge=0)  # so many of the first layers, and of the last, have `edge_bits`
     edge_bits: int = Field(default=8, ge=2, le=8)
 
@@ -281,7 +283,14 @@ class CacheFormat(Value):
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"k{self.edge_bits} v{self.edge_bits} in {self.edge_layers} edge layers"] if self.edge_layers else []
         parts += ["before RoPE"] if self.rope == "before" else []
+        parts += ["keys rotated"] if self.rotate_keys else []
         return ", ".join(parts + ([] if self.past_only else ["current token too"]))
+
+    @model_validator(mode="after")
+    def _rotated_keys_have_no_channels(self) -> "CacheFormat":
+        if self.rotate_keys and self.keys == "channel":
+            raise ValueError("rotated keys have no loud channels to give grids of their own: set keys: token")
+        return self
 
 
 class Scheme(Value):

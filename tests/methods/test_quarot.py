@@ -23,7 +23,7 @@ PARTS = {
     "heads": QuaRot(residual=False, seed=1),
     "down": QuaRot(residual=False, heads=False, online=("down",)),
     "out": QuaRot(residual=False, heads=False, online=("out",)),
-    "all": QuaRot(seed=7, online=("down", "out", "keys")),
+    "all": QuaRot(seed=7, online=("down", "out")),
 }
 ANY_SIZE = {"fallback": "orthogonal"}  # the tiny models have odd sizes on purpose
 
@@ -107,12 +107,10 @@ def test_a_norms_bias_without_a_place_is_refused():
 
 def test_the_checkpoint_is_told_what_runs_online():
     skeleton = bones("llama")
-    step = QuaRot(online=("down", "keys"))
+    step = QuaRot(online=("down",))
     down = OnlineHadamard(size=INNER)
     assert step.online_inputs(skeleton) == {f"model.layers.{index}.mlp.down_proj": down for index in range(2)}
-    assert step.online_keys(skeleton) == OnlineHadamard(size=8)
     assert QuaRot().online_inputs(skeleton) == {}
-    assert QuaRot().online_keys(skeleton) is None
     assert set(QuaRot(online=("out",)).online_inputs(bones("mixtral"))) == {
         f"model.layers.{index}.self_attn.o_proj" for index in range(2)
     }

@@ -119,6 +119,16 @@ def test_shift_and_scale_take_outliers_out_of_the_range():
     assert float((smooth.simulate(x) - x)[..., :3].norm()) < plain / 4
 
 
+def test_turned_channels_share_the_range_of_a_loud_one():
+    x = states(tokens=64)
+    turned = Coder(4, 16, turned=True)
+    assert float((turned.simulate(x) - x).norm()) < float((Coder(4, 16).simulate(x) - x).norm()) * 0.9
+    fine = Coder(8, 16, turned=True)
+    assert float((fine.simulate(x) - x).norm() / x.norm()) < 2**-8
+    with pytest.raises(FormatError, match="heads of 7 channels cannot be rotated"):
+        Coder(4, 16, turned=True).groups(7)
+
+
 def without_shift_back(x: Tensor, coder: Coder) -> Tensor:
     return replace(coder, shift=None).decode(coder.encode(x), x.dtype)
 

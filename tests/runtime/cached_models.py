@@ -12,7 +12,16 @@ from halfbyte.scheme import CacheFormat
 FORMATS: dict[str, CacheFormat] = {
     **{
         name: named_format(name)
-        for name in ("int4", "int2", "k8v3-s2-w3", "int4-sym", "int4-present", "int4-present-w3", "int3-prerope-w2")
+        for name in (
+            "int4",
+            "int2",
+            "k8v3-s2-w3",
+            "int4-sym",
+            "int4-present",
+            "int4-present-w3",
+            "int3-prerope-w2",
+            "int3-rot-w2",
+        )
     },
     "int4-e1": CacheFormat(key_bits=3, value_bits=2, edge_layers=1, edge_bits=4),
     "kivi": CacheFormat(keys="channel", block=4, group_size=4, window=5),

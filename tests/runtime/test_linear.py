@@ -193,7 +193,7 @@ def test_tensor_cores_run_another_order_of_the_words(asymmetric: bool, monkeypat
     format = format_of(4, convention=Convention.ASYMMETRIC if asymmetric else Convention.AWQ)
     weight, bias = problem(format)
     linear = QuantizedLinear.from_weight(weight, bias).prepare(torch.bfloat16)
-    assert linear.kernel == "stream up to 8 tokens, blocks for more"
+    assert linear.kernel == "stream up to 16 tokens, blocks for more"
     assert linear.weight_packed.numel() == 0
     for shape in ((3,), (2, 5), (0,)):
         x = activations(*shape, 64, dtype=torch.bfloat16)

@@ -131,7 +131,7 @@ def _observed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, 
 
 def _plain(module: Any, name: str) -> Callable[..., Any]:
     """The attention function that the module would call."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(name, eager)
 
 

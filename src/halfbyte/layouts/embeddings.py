@@ -31,7 +31,8 @@ def read_embedding(tensors: Mapping[str, Tensor], format: WeightFormat) -> Quant
     if missing := {"weight", SCALE} - tensors.keys():
         raise CheckpointError(f"{' and '.join(sorted(missing))} of a quantized table is missing: download it again")
     codes, scales = tensors["weight"], tensors[SCALE]
-    expected = scales_shape(*codes.shape, format.granularity)
+    rows, dim = codes.shape
+    expected = scales_shape(rows, dim, format.granularity)
     if codes.dtype != torch.int8 or tuple(scales.shape) != expected:
         raise CheckpointError(
             f"a table of {codes.dtype} with scales {list(scales.shape)} is no {format}, which has int8 and scales "

@@ -1,7 +1,6 @@
 """What a checkpoint says of the rotations that its model needs at run time: `online_hadamards` of `quantization_config`.
 
     inputs   a list of {targets, size, seed, fallback}: linears by path or expression, and what enters them (OnlineHadamard)
-    keys     {size, seed, fallback} of each head's queries and keys, or null
 
 The weights hold the inverse, so a reader that leaves it out computes nonsense: such checkpoints carry our own quant_method.
 """
@@ -19,11 +18,9 @@ from halfbyte.scheme import OnlineHadamard
 KEY = "online_hadamards"
 
 
-def rotation_entry(
-    inputs: Mapping[str, OnlineHadamard], keys: OnlineHadamard | None, others: Iterable[str]
-) -> dict[str, Any]:
+def rotation_entry(inputs: Mapping[str, OnlineHadamard], others: Iterable[str]) -> dict[str, Any]:
     """The entry of a `quantization_config`; empty where nothing runs online. `others`: linears that read as they are."""
-    if not inputs and keys is None:
+    if not inputs:
         return {}
     others = list(others)
     groups = []
@@ -33,7 +30,7 @@ def rotation_entry(
         expressions, single = patterns(mine, [*rest, *others])
         targets = [*(f"re:{expression}" for expression in expressions), *single]
         groups.append({"targets": targets, **online.model_dump()})
-    return {KEY: {"inputs": groups, "keys": None if keys is None else keys.model_dump()}}
+    return {KEY: {"inputs": groups}}
 
 
 def online_inputs(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, OnlineHadamard]:
@@ -43,12 +40,6 @@ def online_inputs(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str
     targets = Targets({target: online for names, online in groups for target in names})
     found = {path: targets.of(path) for path in modules}
     return {path: online for path, online in found.items() if online is not None}
-
-
-def online_keys(config: Mapping[str, Any]) -> OnlineHadamard | None:
-    """What is done to queries and keys before they meet a quantized cache. CheckpointError likewise."""
-    keys = (config.get(KEY) or {}).get("keys")
-    return None if keys is None else _parsed(keys)
 
 
 def _parsed(entry: Mapping[str, Any]) -> OnlineHadamard:

@@ -54,10 +54,6 @@ class Rotation(Protocol):
         """Path of a linear -> what is done to its input at run time, and was undone in its weight."""
         ...
 
-    def online_keys(self, skeleton: Skeleton) -> OnlineHadamard | None:
-        """What is done to each head's queries and keys before they meet a quantized cache."""
-        ...
-
 
 @runtime_checkable
 class Transform(Protocol):

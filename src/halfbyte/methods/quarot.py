@@ -5,14 +5,14 @@ Ashkboos et al., 2024 — https://arxiv.org/abs/2404.00456, section 4; R1 to R4 
     here          paper           what it is
     residual      Q       (R1)    the residual stream's rotation, folded into all that reads or writes it
     heads         H_dh    (R2)    each head's values, folded into the value and the output projection
-    online: keys  H_dh    (R3)    queries and keys after their position embedding; it matters to a quantized cache alone
     online: down  H_ff    (R4)    the inputs of the down projections, folded into them
     online: out   H_nh·dh         the inputs of the output projections, likewise: the paper's Hadamard across heads
 
 What is folded costs nothing at run time. What is `online` is a Hadamard product there, and the checkpoint says so. All
 products are formed in float64 and rounded once; the logits stay those of the model, whatever its norms (models/rotate.py).
 The paper moves the means of layer norms into what comes before; here the rotation leaves means alone (numerics/rotation.py),
-so a model with layer norms keeps them. Rotations depend on the seed and the sizes alone.
+so a model with layer norms keeps them. Rotations depend on the seed and the sizes alone. R3, of keys, is the cache's own:
+`scheme.cache.rotate_keys`.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from halfbyte.models.rotate import (
 from halfbyte.numerics.rotation import Orthogonal, online_rotation, rotation
 from halfbyte.scheme import OnlineHadamard, Value
 
-Online = Literal["down", "keys", "out"]
+Online = Literal["down", "out"]
 
 
 class QuaRot(Value):
@@ -61,9 +61,8 @@ class QuaRot(Value):
             self._stream(skeleton)
         if self.heads:
             self._values(skeleton)
-        for online in (*self.online_inputs(skeleton).values(), self.online_keys(skeleton)):
-            if online is not None:
-                online_rotation(online)
+        for online in self.online_inputs(skeleton).values():
+            online_rotation(online)
 
     def rotate_outside(self, skeleton: Skeleton, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Embeddings, last norm and head: path -> new value, in the dtype of what `read` gives."""
@@ -89,10 +88,6 @@ class QuaRot(Value):
             for index, block in enumerate(skeleton.blocks)
             for name, online in self._inputs(wiring(block, skeleton)).items()
         }
-
-    def online_keys(self, skeleton: Skeleton) -> OnlineHadamard | None:
-        """What is done to each head's queries and keys before they meet a quantized cache."""
-        return self._online(skeleton.heads[2]) if "keys" in self.online else None
 
     def _inputs(self, found: Wiring) -> dict[str, OnlineHadamard]:
         after = {name: found.writers[name] for link in found.values for name in link.readers}

@@ -177,7 +177,7 @@ class WKV(Value):
         `rotated`: so many channels are tied in pairs, and nothing is shifted; 0: none are.
         """
         middles: tuple[Middle, ...] = MIDDLES if self.search else (self.middle,)
-        widths = WIDTHS if self.search else ((self.width, self.strength),)
+        widths: tuple[tuple[Width, float], ...] = WIDTHS if self.search else ((self.width, self.strength),)
         for middle in ("none",) if rotated else middles:
             for width, strength in widths:
                 shift = shift_of(seen, middle)

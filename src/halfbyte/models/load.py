@@ -88,7 +88,7 @@ class WeightFiles:
                 raise CheckpointError(f"{path} is truncated or damaged ({cause}): download this file again") from cause
         return self._open[path]
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.files
 
     def __iter__(self) -> Iterator[str]:

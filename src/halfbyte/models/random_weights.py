@@ -49,7 +49,7 @@ class RandomWeights(WeightFiles):
         self._shapes = {bones.disk_path(name): tuple(part.shape) for name, part in bones.model.state_dict().items()}
         self._device, self._dtype = device, dtype
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:

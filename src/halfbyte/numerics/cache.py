@@ -7,6 +7,7 @@ WKVQuant, Yue et al., 2024 — https://arxiv.org/abs/2402.12065; KIVI, Liu et al
     scale     s           [heads dim] positive; what is left is divided by it, so that no channel owns its group's range
     zeros     -z·h        the real that code 0 stands for: the lowest of its group
     scales    h           the step, (max - min) / (2^b - 1)
+    turn      R3          each head's Hadamard rotation of keys, after shift and scale (QuaRot, arXiv 2404.00456)
     exact     –           [queries tokens] which tokens a query sees as they were: itself, a window, the first ones
 
     x ≈ scale·(code·h + zero) + shift
@@ -22,7 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Float16, UInt8
 from torch import Tensor
 
-from halfbyte.errors import FormatError
+from halfbyte.errors import FormatError, WeightError
+from halfbyte.numerics.rotation import rotation
 from halfbyte.scheme import CacheFormat
 
 STORED = torch.float16  # of steps and zeros
@@ -48,9 +50,17 @@ class Coder:
     block: int = 1  # tokens that share a channel's grid; 1: every token has grids of its own, group by group
     shift: Float[Tensor, "heads dim"] | None = None
     scale: Float[Tensor, "heads dim"] | None = None
+    turned: bool = False  # a head's channels are rotated together before grids are found
 
     def groups(self, dim: int) -> int:
-        """Grids of one token, or of one block. FormatError where groups do not divide the head."""
+        """Grids of one token, or of one block. FormatError where groups do not divide the head, or nothing rotates it."""
+        if self.turned:
+            try:
+                rotation(dim, None)
+            except WeightError as cause:
+                raise FormatError(
+                    f"heads of {dim} channels cannot be rotated ({cause}): set rotate_keys: false"
+                ) from cause
         if self.block > 1:
             return dim
         size = min(self.group_size, dim)
@@ -70,6 +80,8 @@ class Coder:
             wide = wide - self.shift[:, None].to(wide)
         if self.scale is not None:
             wide = wide / self.scale[:, None].to(wide)
+        if self.turned:
+            wide = rotation(wide.shape[-1], None).apply(wide)
         grouped, axis = self._grouped(wide)
         low, high = grouped.aminmax(dim=axis, keepdim=True)
         top = 2**self.bits - 1
@@ -95,6 +107,8 @@ class Coder:
         else:
             wide = grouped * steps + stored.zeros.to(compute).unsqueeze(axis)
         wide = wide.reshape(stored.codes.shape)
+        if self.turned:
+            wide = rotation(wide.shape[-1], None).inverse(wide)
         if self.scale is not None:
             wide = wide * self.scale[:, None].to(wide)
         if self.shift is not None:
@@ -142,7 +156,14 @@ def layer_coders(format: CacheFormat, layer: int, layers: int, smoothing: Smooth
     common = {"group_size": format.group_size, "symmetric": format.symmetric}
     block = format.block if format.keys == "channel" else 1
     return LayerCoders(
-        Coder(bits[0], **common, block=block, shift=smoothing.key_shift, scale=smoothing.key_scale),
+        Coder(
+            bits[0],
+            **common,
+            block=block,
+            shift=smoothing.key_shift,
+            scale=smoothing.key_scale,
+            turned=format.rotate_keys,
+        ),
         Coder(bits[1], **common, shift=smoothing.value_shift, scale=smoothing.value_scale),
     )
 

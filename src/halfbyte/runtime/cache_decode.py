@@ -34,8 +34,8 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some architectures do to
 def reading_codes(model: Any) -> Iterator[None]:
     """Within it, calls with one token on a `new_cache(model, capacity)` read its codes.
 
-    Edits the model in place and undoes it. ModelError for an architecture that has attention code of its own, and for
-    a model without a plan or with one that quantizes the current token.
+    Edits the model in place and undoes it. ModelError for an architecture that has attention code of its own, for a
+    model without a plan, and for one that quantizes the current token or rotates keys.
     """
     plan = plan_of(model)
     if plan is None or not plan.format.past_only:
@@ -46,6 +46,8 @@ def reading_codes(model: Any) -> Iterator[None]:
         raise ModelError(
             f"{type(model).__name__} has attention code of its own, which cannot read codes: decode without"
         )
+    if plan.format.rotate_keys:
+        raise ModelError("the keys' codes are in rotated coordinates, in which queries are not: decode without")
     before = model.config._attn_implementation
     modules = list(attentions(model).values())
     hooks = [module.register_forward_pre_hook(_note_layer, with_kwargs=True) for module in modules]

@@ -6,7 +6,7 @@
 
 with any of these behind it:  -g64 groups of 64 channels · -w64 a window of 64 exact tokens · -s4 four exact sinks ·
 -e2 8 bits in the first and last 2 layers · -sym symmetric · -present the current token is quantized too · -prerope keys
-as they were before RoPE.
+as they were before RoPE · -rot keys in rotated coordinates.
 """
 
 import re
@@ -39,6 +39,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sym": {"symmetric": True},
     "present": {"past_only": False},
     "prerope": {"rope": "before"},
+    "rot": {"rotate_keys": True},
 }
 
 
@@ -79,7 +80,7 @@ def named_format(name: str) -> CacheFormat:
         else:
             raise FormatError(
                 f"cache format {name!r} has no option {option!r}: write -g64 (group), -w64 (window), -s4 (sinks), -e2 "
-                "(edge layers), -sym, -present or -prerope"
+                "(edge layers), -sym, -present, -prerope or -rot"
             )
     return CacheFormat(**fields)
 
