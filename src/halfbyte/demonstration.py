@@ -64,7 +64,7 @@ def demo(
 ) -> DemoResult:
     """Quantize `model` by each of `recipes`, measure each result, and write it all to `output`.
 
-    `recipes`: None takes every shipped one that trains nothing.
+    `recipes`: None takes every shipped one that is quick.
 
     Calibration and evaluation text are two halves of this Python's own documentation, split by topic; nothing is
     downloaded. An earlier demo in `output` is replaced; OutputError where something else is there.
@@ -73,7 +73,7 @@ def demo(
     folder = _own_folder(Path(output).expanduser())
     chosen = [Recipe.load(recipe) for recipe in (shipped() if recipes is None else recipes)]
     if recipes is None:
-        chosen = [recipe for recipe in chosen if not recipe.refinements]  # minutes each on a CPU
+        chosen = [recipe for recipe in chosen if _is_quick(recipe)]
     training, held_out = documentation_split()
     training, held_out = _written(folder / "calibration.txt", training), _written(folder / "held-out.txt", held_out)
     total = 2 * len(chosen) + 1
@@ -110,6 +110,11 @@ def html(result: DemoResult) -> str:
     """The comparison as one page; each recipe's own report is a link away."""
     worst = max((row.kl_mean or 0.0 for row in result.rows), default=0.0)
     return templates().get_template("demo.html").render(result=result, worst=worst)
+
+
+def _is_quick(recipe: Recipe) -> bool:
+    """Not so what learns, searches a cache, or observes a block again after each of its layers: half a minute or more."""
+    return not recipe.refinements and recipe.scheme.cache is None and not recipe.sequential
 
 
 def _own_folder(folder: Path) -> Path:

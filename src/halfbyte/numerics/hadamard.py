@@ -15,12 +15,13 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Float, Float64, Int8, Int64
 from torch import Tensor
 
 from halfbyte.errors import WeightError
 
 LARGEST_CORE = 4096  # a core is applied as a dense product
+WIDEST = 256  # of the small matrices that a fast transform multiplies by
 
 
 def hadamard_matrix(size: int) -> Int8[Tensor, "size size"]:
@@ -47,16 +48,30 @@ def factored(size: int) -> tuple[int, Int8[Tensor, "m m"]]:
 
 
 def walsh_hadamard(x: Float[Tensor, "*leading n"]) -> Float[Tensor, "*leading n"]:
-    """x · H of Sylvester's order n, without a factor; n is a power of two. In the dtype of x, n·log n additions."""
-    size, half = x.shape[-1], 1
+    """x · H of Sylvester's order n, without a factor; n is a power of two. In the dtype of x.
+
+    H is a Kronecker product of small matrices, and products with those are faster than their additions one by one.
+    """
+    size, done = x.shape[-1], 1
     if size & (size - 1) or not size:
         raise WeightError(f"the fast transform takes a power of two, not {size} columns: use `factored` for others")
-    while half < size:
-        pairs = x.unflatten(-1, (-1, 2, half))
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack([low + high, low - high], dim=-2).flatten(-3)
-        half *= 2
-    return x
+    y = x
+    while done < size:
+        part = min(WIDEST, size // done)
+        y = y.reshape(-1, part) @ _sylvester(part).to(y)
+        # the axis that is done moves to the front: after the last one they stand as they stood
+        y = y.view(-1, size // part, part).transpose(1, 2)
+        done *= part
+    return y.reshape(x.shape)
+
+
+@lru_cache(maxsize=8)
+def _sylvester(order: int) -> Float64[Tensor, "n n"]:
+    """Sylvester's matrix, of a small order."""
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 @lru_cache(maxsize=64)
