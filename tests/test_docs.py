@@ -115,7 +115,6 @@ WITHOUT_ROWS: set[str] = {
     "omniquant-w4a16",
     "omniquant-w3a16",
     "omniquant-w4a4",
-    "integer-scale-w4a8",
     "dgq-w4a8",
     "wkvquant-kv4",
     "wkvquant-w4kv4",

@@ -1,4 +1,4 @@
-"""The demo: a small model that comes with the package, quantized by every recipe and judged on text it never saw."""
+"""The demo: a small model that comes with the package, quantized by every quick recipe and judged on text it never saw."""
 
 import json
 import time
