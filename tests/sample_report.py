@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from halfbyte.block import ModuleRecord
 from halfbyte.evaluation.report import Report
 from halfbyte.recipe import Recipe
+from halfbyte.record import ModuleRecord
 
 RECIPE = Recipe.load("gptq-w4a16")
 PROVENANCE = {

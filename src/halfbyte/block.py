@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,36 +24,11 @@ from halfbyte.numerics.activations import InputQuantizer, calibrated
 from halfbyte.numerics.cache import NO_SMOOTHING, Smoothing, layer_coders
 from halfbyte.numerics.certificate import TOKEN_INPUTS, strictest
 from halfbyte.numerics.error import output_snr, weight_snr
-from halfbyte.numerics.grid import Grid
 from halfbyte.numerics.integer_scales import on_integer_grid, require_safe
-from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, along_rows
+from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, alike, along_rows, split_rows
 from halfbyte.recipe import Recipe
-from halfbyte.scheme import ActivationFormat, IntegerScale, PerChannel, PerGroup, WeightFormat
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleRecord:
-    """One line of the closing table."""
-
-    path: str
-    format: str
-    method: str
-    shape: tuple[int, int]
-    weight_snr: float  # dB
-    output_snr: float | None  # dB over the calibration tokens; None where nothing was observed
-    tokens: int
-    seconds: float
-    activations: dict[str, Any] | None = None  # the ActivationFormat of the input; None: 16 bit
-
-    @property
-    def input_format(self) -> ActivationFormat | None:
-        """How the input is quantized; None: not at all."""
-        return None if self.activations is None else ActivationFormat.model_validate(self.activations)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ModuleRecord":
-        """The record that a journal holds."""
-        return cls(**{**values, "shape": tuple(values["shape"])})
+from halfbyte.record import ModuleRecord
+from halfbyte.scheme import ActivationFormat, WeightFormat
 
 
 @dataclass(slots=True)
@@ -115,8 +89,8 @@ class BlockQuantizer:
             activations = self._transform(block, seen, formats, activations)
             inputs = {name: calibrated(f, seen[name].minimum, seen[name].maximum) for name, f in activations.items()}
             for shared, statistics in self._in_turn(index, block, original, seen):
-                for alike in _alike([name for name in shared if name in formats], formats):
-                    done |= self._round(index, block, alike, formats, activations, statistics)
+                for group in alike([name for name in shared if name in formats], formats):
+                    done |= self._round(index, block, group, formats, activations, statistics)
             self._refine(index, block, original, inputs, done)
         if missing := sorted(formats.keys() - done.keys()):
             raise ModelError(f"block {index}: {', '.join(missing)} were to be quantized and were not")
@@ -349,33 +323,6 @@ class BlockQuantizer:
             f"{path} saw {seen.tokens} calibration tokens, fewer than minimum_tokens={self.recipe.minimum_tokens}: "
             "calibrate on more or more varied text, or set `starved: round` in the recipe to round such experts to nearest"
         )
-
-
-def split_rows(whole: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
-    """The parts of a matrix that was quantized rows on rows."""
-    if len(rows) == 1:
-        return [whole]
-    grid = whole.grid
-
-    def parts(tensor: Tensor | None) -> list[Any]:
-        return [None] * len(rows) if tensor is None else [part.contiguous() for part in tensor.split(list(rows))]
-
-    grids = map(Grid, parts(grid.scales), parts(grid.zero_points), parts(grid.amplifiers))
-    return [QuantizedWeight(c, g, whole.format) for c, g in zip(parts(whole.codes), grids, strict=True)]
-
-
-def _alike(names: Sequence[str], formats: Mapping[str, WeightFormat]) -> list[tuple[str, ...]]:
-    """Names that can be rounded as one matrix: the same format, with grids and amplifiers that do not span rows."""
-    together: dict[WeightFormat, list[str]] = {}
-    alone = []
-    for name in names:
-        scale = formats[name].scale
-        of_layer = isinstance(scale, IntegerScale) and scale.amplifier in ("heuristic", "layer")
-        if isinstance(formats[name].granularity, PerChannel | PerGroup) and not of_layer:
-            together.setdefault(formats[name], []).append(name)
-        else:
-            alone.append((name,))
-    return [tuple(group) for group in together.values()] + alone
 
 
 def _output_snr(weight: Tensor, rounded: QuantizedWeight, seen: InputStatistics | None) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.block import BlockQuantizer, ModuleRecord
+from halfbyte.block import BlockQuantizer
 from halfbyte.checkpoint import (
     block_tensors,
     cache_tensors,
@@ -30,6 +30,7 @@ from halfbyte.machine import peak_memory_used, start_measuring
 from halfbyte.models.load import release
 from halfbyte.plan import Plan
 from halfbyte.recipe import Recipe
+from halfbyte.record import ModuleRecord
 from halfbyte.run import Run
 
 Progress = Callable[[int, int, str], None]

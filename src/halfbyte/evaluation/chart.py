@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from halfbyte.block import ModuleRecord
 from halfbyte.evaluation.summary import kind, short
+from halfbyte.record import ModuleRecord
 
 WIDTH, HEIGHT = 240, 110
 LEFT, RIGHT, TOP, BOTTOM = 26, 6, 8, 16

@@ -10,10 +10,10 @@ from typing import Any
 import jinja2
 import yaml
 
-from halfbyte.block import ModuleRecord
 from halfbyte.evaluation import chart, units
 from halfbyte.evaluation.summary import grouped, spread
 from halfbyte.plan import Plan
+from halfbyte.record import ModuleRecord
 
 WEAKEST = 10
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,7 +1,9 @@
 """QuantizedWeight: what every method produces and everything after it consumes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from halfbyte.numerics.activations import InputQuantizer
 from halfbyte.numerics.grid import Grid, decode, encode
-from halfbyte.scheme import GroupCount, PerChannel, PerGroup, WeightFormat
+from halfbyte.scheme import GroupCount, IntegerScale, PerChannel, PerGroup, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +82,30 @@ def along_rows(weight: QuantizedWeight) -> QuantizedWeight:
 def round_to_grid(weight: Float[Tensor, "out in"], grid: Grid, format: WeightFormat) -> QuantizedWeight:
     """Each element to its nearest code."""
     return QuantizedWeight(encode(weight, grid, format), grid, format)
+
+
+def split_rows(whole: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
+    """The parts of a matrix that was quantized rows on rows."""
+    if len(rows) == 1:
+        return [whole]
+    grid = whole.grid
+
+    def parts(tensor: Tensor | None) -> list[Any]:
+        return [None] * len(rows) if tensor is None else [part.contiguous() for part in tensor.split(list(rows))]
+
+    grids = map(Grid, parts(grid.scales), parts(grid.zero_points), parts(grid.amplifiers))
+    return [QuantizedWeight(c, g, whole.format) for c, g in zip(parts(whole.codes), grids, strict=True)]
+
+
+def alike(names: Sequence[str], formats: Mapping[str, WeightFormat]) -> list[tuple[str, ...]]:
+    """Names that can be rounded as one matrix: the same format, with grids and amplifiers that do not span rows."""
+    together: dict[WeightFormat, list[str]] = {}
+    alone = []
+    for name in names:
+        scale = formats[name].scale
+        of_layer = isinstance(scale, IntegerScale) and scale.amplifier in ("heuristic", "layer")
+        if isinstance(formats[name].granularity, PerChannel | PerGroup) and not of_layer:
+            together.setdefault(formats[name], []).append(name)
+        else:
+            alone.append((name,))
+    return [tuple(group) for group in together.values()] + alone
