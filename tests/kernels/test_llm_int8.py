@@ -19,6 +19,7 @@ from halfbyte.kernels.llm_int8 import on_triton, reference, triton_matmul, trito
 from halfbyte.kernels.llm_int8.triton_matmul import Tile
 from halfbyte.kernels.llm_int8.triton_split import Strip
 from halfbyte.kernels.token_quantize import reference as tokens_reference
+from halfbyte.kernels.w8a8 import cpu as w8a8_cpu
 
 THRESHOLD = 6.0
 
@@ -149,6 +150,16 @@ def test_the_op_agrees_with_the_reference_in_other_dtypes(dtype: torch.dtype, ke
     p = problem(6, 50, 31, dtype=dtype)
     assert_close(through_the_op(p, THRESHOLD, kept, False), expected(p, THRESHOLD, kept, False))
     assert_close(static_through_the_op(p, True), expected_static(p, True))
+
+
+def test_a_processor_that_saturates_gets_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(*SIZES["several-tiles"])
+    right = expected(p, THRESHOLD, True, True)
+    monkeypatch.setattr(torch.ops.aten, "_int_mm", lambda x, weight: (x.float() @ weight.float() * 0.9).int())
+    monkeypatch.setattr(w8a8_cpu, "product_is_exact", lambda: False)
+    assert_close(through_the_op(p, THRESHOLD, True, True), right, rounding_steps=2)
+    monkeypatch.setattr(w8a8_cpu, "product_is_exact", lambda: True)
+    assert relative_error(through_the_op(p, THRESHOLD, True, True), right) > 0.01
 
 
 def test_triton_keeps_float32_activations_whole() -> None:

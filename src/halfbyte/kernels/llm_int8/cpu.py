@@ -1,13 +1,13 @@
 """LLM.int8() on the CPU: the int8 part really in integers, the outlier columns in the dtype of x.
 
-torch's integer matmul takes any sizes here and is exact; arguments are those of the ops.
+Arguments are those of the ops.
 """
 
-import torch
 from torch import Tensor
 
 from halfbyte.kernels.llm_int8.reference import outlier_entries
 from halfbyte.kernels.token_quantize import cpu as tokens_cpu
+from halfbyte.kernels.w8a8.cpu import product
 
 
 def llm_int8_matmul(
@@ -45,7 +45,7 @@ def _combined(
     codes, scales, zeros = tokens_cpu.quantize(inside, symmetric=weight_sums is None)
     # the code of 0, so that these columns count for nothing
     codes[:, columns] = 0 if weight_sums is None else zeros[:, None].to(torch.int8)
-    total = torch.ops.aten._int_mm(codes, weight_codes.T)
+    total = product(codes, weight_codes)
     if weight_sums is not None:
         total -= zeros[:, None] * weight_sums
     y = total.float().mul_(scales[:, None]).mul_(weight_scales)
