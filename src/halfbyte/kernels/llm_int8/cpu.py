@@ -3,6 +3,7 @@
 Arguments are those of the ops.
 """
 
+import torch
 from torch import Tensor
 
 from halfbyte.kernels.llm_int8.reference import outlier_entries
