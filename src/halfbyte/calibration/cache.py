@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from halfbyte.calibration.attention import attending_by
 from halfbyte.calibration.walk import Stream
 from halfbyte.errors import ModelError
-from halfbyte.models.heads import attentions
 from halfbyte.numerics.cache import unrotate
 
 NAME = "halfbyte_observing"
@@ -95,24 +95,8 @@ def observe_cache(block: nn.Module, stream: Stream, index: int) -> CacheStatisti
 @contextmanager
 def observing(block: nn.Module, found: CacheStatistics) -> Iterator[None]:
     """Within it, the block's attention reports to `found`. Edits the block in place and undoes it."""
-    modules = [module for module in attentions(block).values() if hasattr(module, "config")]
-    configs = {id(module.config): module.config for module in modules}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    hooks = []
-    for module in modules:
-        module.__dict__[STATE] = _Observer(found, _plain(module, before[id(module.config)]))
-        hooks.append(module.register_forward_pre_hook(_note_rotation, with_kwargs=True))
-    for config in configs.values():
-        config._attn_implementation = NAME
-    try:
+    with attending_by(block, NAME, STATE, lambda module, own: _Observer(found, _plain(module, own))):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        for hook in hooks:
-            hook.remove()
-        for module in modules:
-            del module.__dict__[STATE]
 
 
 @dataclass(slots=True, eq=False)
@@ -133,10 +117,6 @@ def _plain(module: Any, name: str) -> Callable[..., Any]:
     """The attention function that the module would call."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(name, eager)
-
-
-def _note_rotation(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    module.__dict__[STATE].rotation = kwargs.get("position_embeddings")
 
 
 def _merged(before: Extremes | None, now: Extremes) -> Extremes:

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from halfbyte.calibration.attention import attending_by, attention_modules
 from halfbyte.errors import ModelError
-from halfbyte.models.heads import attentions
 from halfbyte.numerics.cache import Coder, LayerCoders, exact_tokens, rotate, through_cache, unrotate
 from halfbyte.numerics.slopes import straight_through
 from halfbyte.scheme import CacheFormat
@@ -50,28 +50,12 @@ def attending_past_only(block: nn.Module, coders: LayerCoders, format: CacheForm
 
     ModelError for attention code that does not go through transformers' interface.
     """
-    modules = [module for module in attentions(block).values() if hasattr(module, "config")]
-    if not modules:
+    if not attention_modules(block):
         raise ModelError(
             f"{type(block).__name__} has attention code of its own: learn without the cache, or leave it out"
         )
-    configs = {id(module.config): module.config for module in modules}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    hooks = []
-    for module in modules:
-        module.__dict__[STATE] = _View(coders, format)
-        hooks.append(module.register_forward_pre_hook(_note_rotation, with_kwargs=True))
-    for config in configs.values():
-        config._attn_implementation = NAME
-    try:
+    with attending_by(block, NAME, STATE, lambda _module, _own: _View(coders, format)):
         yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        for hook in hooks:
-            hook.remove()
-        for module in modules:
-            del module.__dict__[STATE]
 
 
 def _attend(
@@ -115,10 +99,6 @@ def _masked(scores: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask[:, :, None], -torch.inf)
     return scores + mask[:, :, None]
-
-
-def _note_rotation(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    module.__dict__[STATE].rotation = kwargs.get("position_embeddings")
 
 
 AttentionInterface.register(NAME, _attend)
