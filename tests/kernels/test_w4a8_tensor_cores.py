@@ -65,6 +65,8 @@ def problem(
         scales = torch.rand(shape, generator=g).add(0.1).bfloat16()
     else:
         scales = torch.randint(1, 16 if kind == "weight" else largest, shape, generator=g).to(torch.int16)
+    if kind == "weight":  # 18 · ±7 is still an int8
+        scales[-1, 0], codes[-1, :group_size] = 18, codes[-1, :group_size].clamp(min=1)
     rows = torch.ones(outs) if unit else torch.rand(outs, generator=g).add(0.1) / 2000
     x_scales = torch.ones(tokens) if unit else torch.rand(tokens, generator=g).add(0.1) / 100
     weight = tensor_cores.prepare(kind, int32_words.pack(codes, 4), scales, rows, group_size)
@@ -228,7 +230,7 @@ def test_what_cannot_be_prepared_has_a_reason(outs: int, ins: int, bits: int, gr
     [
         ("float", torch.ones(64, 2), "scales are torch.float32"),
         ("integer", torch.ones(64, 2), "scales are torch.float32"),
-        ("weight", torch.full((64, 2), 16, dtype=torch.uint8), "a scale is 16"),
+        ("weight", torch.full((64, 2), 17, dtype=torch.uint8), "from -136 to -136"),
         ("integer", torch.ones(64, 4, dtype=torch.int16), "groups of 128"),
     ],
 )

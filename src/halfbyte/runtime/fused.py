@@ -197,9 +197,12 @@ def _bias(linear: Linear) -> Tensor:
 def _integers(linears: Sequence[IntegerLinear], bias: Tensor | None) -> IntegerLinear:
     first, outs = linears[0], sum(linear.out_features for linear in linears)
     tensors = {}
-    for name in ("weight", "weight_packed", "weight_amplifier", "weight_reach"):
+    for name in ("weight", "weight_amplifier", "weight_reach"):
         if getattr(first, name) is not None:
             tensors[name] = torch.cat([linear.get_buffer(name) for linear in linears])
+    words = [words for linear in linears if (words := linear.stored_words()) is not None]
+    if words:
+        tensors["weight_packed"] = torch.cat(words)
     grids = [
         linear.weight_scale.view(-1, 1) if linear.weight_scale.dim() == 1 else linear.weight_scale for linear in linears
     ]

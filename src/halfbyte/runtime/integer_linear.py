@@ -6,7 +6,8 @@ the checkpoint, and `prepare` chooses what runs. Each call quantizes its tokens,
     weight                                    input                                runs
     one symmetric scale per output            one scale per token, or for all      kernels/w8a8
     likewise                                  with an outlier split                kernels/llm_int8
-    integer scales in groups or per output    one scale per token, or for all      kernels/w4a8_integer
+    4 bits in groups of 128 on a Hopper GPU   one scale per token, or for all      kernels/w4a8/tensor_cores.py
+    integer scales in groups or per output    likewise                             kernels/w4a8_integer
     groups, zero points; words on a GPU       any                                  kernels/w4a8
     any other with an outlier split           likewise                             kernels/w4a8, and the columns in float32
 
@@ -16,11 +17,12 @@ See products.py and outliers.py. Which of the two a pair of formats gets is deci
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
 
 from halfbyte.errors import CheckpointError, WeightError
 from halfbyte.kernels import w4a8
+from halfbyte.kernels.w4a8 import tensor_cores
 from halfbyte.kernels.w4a8_integer import row_sums
 from halfbyte.kernels.w8a8 import MAX_INS_WITH_ZEROS
 from halfbyte.layouts import integer_scales
@@ -32,7 +34,7 @@ from halfbyte.runtime.codes import encode
 from halfbyte.runtime.integer_scales import IntegerProduct, check_certificate
 from halfbyte.runtime.linear import LAYOUT, UNPREPARED
 from halfbyte.runtime.outliers import MixedProduct, SplitProduct
-from halfbyte.runtime.products import GroupedProduct, PlainProduct, Product
+from halfbyte.runtime.products import GroupedProduct, PlainProduct, Product, TensorCoreProduct, for_tensor_cores
 from halfbyte.runtime.rooms import input_room, weight_room
 from halfbyte.scheme import ActivationFormat, WeightFormat
 
@@ -118,6 +120,7 @@ class IntegerLinear(nn.Module):
 
         Moving or casting the module afterwards (`to`, `half`, `cuda`) prepares it again.
         """
+        self._unprepare()
         self._dtype = torch.empty(0, device=self.weight_scale.device, dtype=dtype)
         if self.bias is not None:
             self.bias = self.bias.to(dtype)
@@ -142,6 +145,17 @@ class IntegerLinear(nn.Module):
             self.kernel = self._split.name
         return self
 
+    def _unprepare(self) -> None:
+        """Back to the tensors of the checkpoint. Edits in place."""
+        self.weight_packed = self.stored_words()
+        self.product = self._split = None
+
+    def stored_words(self) -> Int32[Tensor, "out words"] | None:
+        """The packed words of the checkpoint, where the weight is stored so."""
+        if isinstance(self.product, TensorCoreProduct):
+            return tensor_cores.checkpoint_words(self.product.weight)
+        return self.weight_packed
+
     def _signed_zeros(self) -> Tensor | None:
         """Zero points of the weight as w4a8 reads them, int8 [out, groups]."""
         points, bits = self.weight_zero_point, self.format.bits
@@ -160,6 +174,10 @@ class IntegerLinear(nn.Module):
     def _chosen_product(self, scales: Float[Tensor, "out groups"], zeros: Tensor | None) -> Product:
         """What multiplies codes by this weight on this device."""
         inputs, groups = self.activations, scales.shape[1]
+        if zeros is None and (fast := self._on_tensor_cores()):
+            assert self.weight_packed is not None
+            self.weight_packed = self.weight_packed.new_empty(0)  # one copy of the weight is enough
+            return fast
         if self.weight_amplifier is not None and inputs.granularity != "group":
             group = self.in_features // groups
             sums = None if inputs.symmetric else row_sums(self._signed_codes(), self.weight_scale, zeros)
@@ -174,6 +192,20 @@ class IntegerLinear(nn.Module):
             return PlainProduct(codes, scales[:, 0], sums, self._dtype.dtype)
         run = w4a8.run_size(self.in_features, self.in_features // (inputs.group_size or self.in_features), groups)
         return GroupedProduct(self._as_read(run), scales, zeros, self.format.bits, run)
+
+    def _on_tensor_cores(self) -> TensorCoreProduct | None:
+        """The product for a Hopper GPU, where the weight and its inputs are what its kernels take."""
+        inputs, scales, amplifier = self.activations, self.weight_scale, self.weight_amplifier
+        if self.weight_packed is None or scales.dim() == 1 or not inputs.symmetric or inputs.granularity == "group":
+            return None
+        kind, factors = "float", torch.ones(len(scales), device=scales.device)
+        if amplifier is not None and self.weight_reach is not None:
+            if int(self.weight_reach.max()) * tensor_cores.LARGEST_INPUT >= 2**31:
+                return None
+            narrow = self.format.scale.kind == "integer" and self.format.scale.product == "int8"
+            kind = "weight" if narrow else "integer"
+            factors = 1 / amplifier
+        return for_tensor_cores(self.weight_packed, scales, factors, kind, self.format.bits, self._dtype.dtype)
 
     @property
     def _readable_words(self) -> bool:
@@ -218,8 +250,14 @@ class IntegerLinear(nn.Module):
             f"kernel={self.kernel}"
         )
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.product, TensorCoreProduct):
+            destination[prefix + "weight_packed"] = tensor_cores.checkpoint_words(self.product.weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntegerLinear":
         """What `to` and its like call. Scales keep their stored type, as a cast would round them."""
+        self._unprepare()
         scales, input_scale, ready = self.weight_scale, self.input_scale, self.kernel != UNPREPARED
         amplifier = self.weight_amplifier
         super()._apply(fn, recurse)

@@ -1,8 +1,9 @@
 """Codes times a weight: what a kernel needs of the weight, prepared once, and the call.
 
-PlainProduct     one symmetric scale per output           kernels/w8a8
-GroupedProduct   groups, zero points, inputs in groups    kernels/w4a8
-IntegerProduct   integer scales                           kernels/w4a8_integer (integer_scales.py)
+PlainProduct        one symmetric scale per output                       kernels/w8a8
+GroupedProduct      groups, zero points, inputs in groups                kernels/w4a8
+IntegerProduct      integer scales                                       kernels/w4a8_integer (integer_scales.py)
+TensorCoreProduct   4 bits in groups of 128, laid out for a Hopper GPU   kernels/w4a8/tensor_cores.py
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from jaxtyping import Float, Int8, Int32, Shaped
 from torch import Tensor
 
 from halfbyte.kernels import w4a8
+from halfbyte.kernels.w4a8 import tensor_cores
+from halfbyte.kernels.w4a8.prepared import Kind, PreparedWeight
 from halfbyte.kernels.w8a8 import int8_matmul, route
 from halfbyte.kernels.w8a8.cpu import product_is_exact
 from halfbyte.runtime.codes import Codes
@@ -102,6 +105,48 @@ class GroupedProduct:
             dtype=dtype,
         )
         return y if residual is None else residual + y
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCoreProduct:
+    """A 4-bit weight in groups, in the order in which a Hopper GPU's tensor cores take it."""
+
+    weight: PreparedWeight
+
+    @property
+    def name(self) -> str:
+        return f"w4a8 tensor cores, {self.weight.kind} scales, groups of {self.weight.group_size}"
+
+    def __call__(
+        self, found: Codes, dtype: torch.dtype, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """See Product."""
+        scales = found.scales.expand(len(found.codes), 1).flatten()
+        y = tensor_cores.matmul(found.codes, scales, self.weight, bias, dtype)
+        return y if residual is None else residual + y
+
+
+def for_tensor_cores(
+    words: Int32[Tensor, "out words"],
+    scales: Shaped[Tensor, "out groups"],
+    factors: Float[Tensor, "out"],
+    kind: Kind,
+    bits: int,
+    dtype: torch.dtype,
+) -> TensorCoreProduct | None:
+    """The weight code · scale · factor for the tensor cores; None where it does not fit them, or is not on such a GPU."""
+    outs, groups = scales.shape
+    ins = words.shape[1] * 32 // bits
+    if not tensor_cores.runs_on(words.device) or dtype not in tensor_cores.RESULT_DTYPES:
+        return None
+    if tensor_cores.obstacle(outs, ins, bits, ins // groups) is not None:
+        return None
+    if kind == "float":
+        rounded = scales.to(torch.bfloat16)
+        if not torch.equal(rounded.to(scales.dtype), scales):
+            return None
+        scales = rounded
+    return TensorCoreProduct(tensor_cores.prepare(kind, words, scales, factors, ins // groups))
 
 
 def cpu_arithmetic() -> str:

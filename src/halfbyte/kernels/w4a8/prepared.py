@@ -17,7 +17,7 @@ class PreparedWeight:
     kind        group scales, two to a word    what they are applied to
     float       bfloat16                       the group's sum, as float32
     integer     int16                          the group's sum, in int32
-    weight      0 to 15                        the code, in int8
+    weight      int16, to 18                   the code, in int8
 
     `sixteenfold` weights are multiplied by 16 · code, and their `row_scales` are a sixteenth. `counters` are zero before and
     after every launch: launches that share them must not overlap, so use one stream at a time.

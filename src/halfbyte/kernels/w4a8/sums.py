@@ -34,9 +34,9 @@ def _plain(words, signs):
 
 @gluon.jit
 def _scaled(words, scale, scale8, signs):
-    """Code · scale of rows r and of rows r + 8, [..., 4], for scales up to 15: four products by one multiplication.
+    """Code · scale of rows r and of rows r + 8, [..., 4], where they are int8: four products by one multiplication.
 
-    A byte of `(code + 8) · scale + (128 - 8 · scale)` is code · scale + 128, from 8 to 233: it carries nowhere.
+    A byte of `(code + 8) · scale + (128 - 8 · scale)` is code · scale + 128, from 0 to 255: what carries, carries back.
     """
     low = (words & 0x0F0F0F0F) * scale + (signs - scale * 0x08080808)
     high = (words >> 4 & 0x0F0F0F0F) * scale8 + (signs - scale8 * 0x08080808)

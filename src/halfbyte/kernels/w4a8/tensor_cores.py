@@ -26,7 +26,6 @@ OUT_STEP = 8  # rows of y start on 16 bytes
 GROUP_STEP = tilings.GROUP
 RESULT_DTYPES = (torch.float16, torch.bfloat16)
 SCALE_DTYPES = {"float": (torch.bfloat16,), "integer": (torch.int16, torch.uint8), "weight": (torch.int16, torch.uint8)}
-LARGEST_CODE_SCALE = 15  # times 8, the largest code, is an int8
 LARGEST_INPUT = 128
 
 
@@ -57,8 +56,9 @@ def prepare(
 ) -> PreparedWeight:
     """The weight `code · scale · row scale` for running: `packed` holds codes plus 8, as compressed-tensors does.
 
-    `scales` are bfloat16 for "float", int16 or uint8 for "integer" and, up to 15, for "weight". Raises WeightError on an
-    `obstacle`, for scales of another type or size, and for an "integer" row whose sum may leave int32.
+    `scales` are bfloat16 for "float", int16 or uint8 for "integer" and, where code · scale is an int8, for "weight".
+    Raises WeightError on an `obstacle`, for scales of another type or size, and for an "integer" row whose sum may leave
+    int32.
     """
     outs, ins = scales.shape[0], scales.shape[1] * group_size
     if why := obstacle(outs, ins, BITS, group_size):
@@ -69,8 +69,12 @@ def prepare(
         )
     codes = int32_words.unpack(packed, BITS, ins)
     sixteenfold = kind == "float"
-    if kind == "weight" and int(scales.max()) > LARGEST_CODE_SCALE:
-        raise WeightError(f"a scale is {int(scales.max())}, but code · scale fits int8 up to {LARGEST_CODE_SCALE}")
+    if kind == "weight":
+        low, high = ((codes.unflatten(1, (-1, group_size)).int() - 8) * scales.int()[:, :, None]).aminmax()
+        if low < -128 or high > 127:
+            raise WeightError(
+                f"code · scale is from {int(low)} to {int(high)}, but has to be an int8: quantize with `product: int8`"
+            )
     if kind == "integer":
         reach = largest_sum(codes, scales, group_size)
         if reach >= 2**31:
