@@ -5,7 +5,8 @@
     linears that read it                           one integer product of their concatenated weights
     rotations, cache, attention                    the model's own module: its linears are stand-ins that hand out the
                                                    product's columns, and hand back what attention gives as it is
-    output linear, then its sum with x             codes of each token; product, scales, bias and x in one pass
+    output linear, then its sum with x             codes of each token; product, scales, bias and x in one pass; where
+                                                   an RMS norm follows, it adds x
     gelu, or silu(gate) · up                       activation and codes in one pass
 
 A static input has its scale beforehand: there the model's own norm or activation runs, and then one pass to codes. Where
@@ -72,11 +73,12 @@ class Columns(nn.Module):
 def llama(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     """A layer of Llama, Mistral, Qwen2 or Qwen3."""
     linears, x, norm = layer.fused, hidden_states.flatten(0, 1), layer.input_layernorm
-    read = norm(x) if linears.qkv is None else product(after_rms_norm(norm, x, linears.qkv), linears.qkv, x.dtype)
+    read = norm(x) if linears.qkv is None else product(after_rms_norm(norm, x, linears.qkv)[0], linears.qkv, x.dtype)
     attended, _ = layer.self_attn(_sequences(read, hidden_states), attention_mask=attention_mask, **kwargs)
-    x = product(of_tokens(attended.flatten(0, 1), linears.out), linears.out, x.dtype, residual=x)
-    inner = product(after_rms_norm(layer.post_attention_layernorm, x, linears.up), linears.up, x.dtype)
-    x = product(after_gate(layer.mlp, inner, linears.down), linears.down, x.dtype, residual=x)
+    attended = product(of_tokens(attended.flatten(0, 1), linears.out), linears.out, x.dtype)
+    read, x = after_rms_norm(layer.post_attention_layernorm, attended, linears.up, residual=x)
+    gated = after_gate(layer.mlp, product(read, linears.up, x.dtype), linears.down)
+    x = product(gated, linears.down, x.dtype, residual=x)
     return _sequences(x, hidden_states)
 
 
@@ -142,11 +144,15 @@ def of_tokens(x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     return of_found(quantize_tokens(x))
 
 
-def after_rms_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
-    """norm(x) as `linear` reads it."""
+def after_rms_norm(
+    norm: Any, x: Float[Tensor, "tokens in"], linear: Linear, residual: Float[Tensor, "tokens in"] | None = None
+) -> tuple[Read, Float[Tensor, "tokens in"]]:
+    """norm(x + residual) as `linear` reads it, and the sum."""
     if not finds_scales(linear):
-        return of_tokens(norm(x), linear)
-    return of_found(rms_norm_quantize(x, norm.weight, norm.variance_epsilon, rounds_before_weight=True)[0])
+        x = x if residual is None else residual + x
+        return of_tokens(norm(x), linear), x
+    found, x = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, residual, rounds_before_weight=True)
+    return of_found(found), x
 
 
 def after_layer_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -> Read:

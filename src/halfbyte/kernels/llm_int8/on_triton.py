@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.llm_int8 import triton_matmul, triton_split
+from halfbyte.kernels.token_quantize.strip import overlaps as may_overlap
 from halfbyte.kernels.token_quantize.triton_pointwise import pointwise_quantize
-
-
-def _overlaps(x: Tensor) -> bool:
-    """Whether the second launch may begin before the first ends: from Hopper on."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def llm_int8_matmul(
@@ -28,7 +24,7 @@ def llm_int8_matmul(
     x = x if x.stride(1) == 1 else x.contiguous()
     if not x.shape[0] or not weight_codes.shape[0]:
         return x.new_empty(x.shape[0], weight_codes.shape[0])
-    weight_codes, symmetric, overlaps = weight_codes.contiguous(), weight_sums is None, _overlaps(x)
+    weight_codes, symmetric, overlaps = weight_codes.contiguous(), weight_sums is None, may_overlap(x)
     matmul = _second_launch(x, weight_codes)
     if threshold == 0:
         codes, scales, zeros = pointwise_quantize(x, symmetric)
@@ -56,7 +52,7 @@ def static_outlier_matmul(
     x = x if x.stride(1) == 1 else x.contiguous()
     if not x.shape[0] or not weight_codes.shape[0]:
         return x.new_empty(x.shape[0], weight_codes.shape[0])
-    weight_codes, symmetric, overlaps = weight_codes.contiguous(), weight_sums is None, _overlaps(x)
+    weight_codes, symmetric, overlaps = weight_codes.contiguous(), weight_sums is None, may_overlap(x)
     matmul = _second_launch(x, weight_codes)
     if not columns.shape[0]:
         codes, scales, zeros = pointwise_quantize(x, symmetric)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 LANES = 32
 ELEMENTS_OF_LOAD = 8  # 16 bytes of 16-bit numbers
@@ -46,6 +47,11 @@ def in_turns(tokens: int, ins: int, bytes_of_token: int, device: torch.device) -
     warps = 2 if ins <= 2048 else 4 if ins <= 8192 else 8 if ins <= 16384 else 16
     block = warps * LANES * ELEMENTS_OF_LOAD
     return Strip(min(tokens, 32 // warps * _processors(device)), 1, block, -(-ins // block), warps, 2)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether a launch may begin before the one ahead of it ends ("programmatic dependent launch"): from Hopper on."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 @cache

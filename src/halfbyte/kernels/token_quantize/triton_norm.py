@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.token_quantize.strip import Strip, at_once, in_turns
+from halfbyte.kernels.token_quantize.strip import Strip, at_once, in_turns, overlaps
 from halfbyte.kernels.token_quantize.triton_codes import as_float32, encode, grid_of, rounded, widened
 
 
@@ -67,9 +67,13 @@ def _norm_quantize_kernel(
     tokens, ins, x_stride, residual_stride, epsilon,
     WEIGHT_OFFSET: tl.constexpr, CENTRED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ROUNDS_BEFORE_WEIGHT: tl.constexpr, SYMMETRIC: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if OVERLAPS:
+        # the product behind may fetch its weight; this launch itself began before what it reads was there
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, BLOCK)[None, :]
     weights, biases = (), ()
     for chunk in tl.static_range(CHUNKS):
@@ -191,13 +195,13 @@ def norm_quantize(
     else:
         strip = strip or in_turns(tokens, ins, 2 * x.itemsize * ins, x.device)
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
-    weight = weight.contiguous()
+    weight, early = weight.contiguous(), overlaps(x)
     _norm_quantize_kernel[(strip.programs,)](
         x, residual, weight, weight if bias is None else bias.contiguous(), hidden, codes, scales, zeros,
         tokens, ins, x.stride(0), residual.stride(0), epsilon,
         weight_offset, centred, bias is not None, hidden.numel() > 0, rounds_before_weight, symmetric, x.is_cuda,
-        ins == strip.block * strip.chunks,
+        ins == strip.block * strip.chunks, early,
         strip.rows, strip.block, strip.chunks, strip.stages,
-        num_warps=strip.warps,
+        num_warps=strip.warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return codes, scales, zeros, hidden

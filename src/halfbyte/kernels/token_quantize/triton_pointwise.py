@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.token_quantize.strip import Strip, at_once
+from halfbyte.kernels.token_quantize.strip import Strip, at_once, overlaps
 from halfbyte.kernels.token_quantize.triton_codes import (
     as_float32,
     encode,
@@ -81,8 +81,12 @@ def _pointwise_quantize_kernel(
     x_ptr, up_ptr, bias_ptr, codes_ptr, scales_ptr, zeros_ptr,
     tokens, ins, x_stride, up_stride,
     FUNCTION: tl.constexpr, HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        # the product behind may fetch its weight; this launch itself began before what it reads was there
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, BLOCK)[None, :]
     for start in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS, num_stages=STAGES):
         # int64: activations may have more than 2**31 elements
@@ -145,12 +149,12 @@ def pointwise_quantize(
         return codes, scales, zeros
     x = x if x.stride(1) == 1 else x.contiguous()
     up = x if up is None else up if up.stride(1) == 1 else up.contiguous()
-    strip = strip or at_once(tokens, ins)
+    strip, early = strip or at_once(tokens, ins), overlaps(x)
     _pointwise_quantize_kernel[(strip.programs,)](
         x, up, x if bias is None else bias, codes, scales, zeros,
         tokens, ins, x.stride(0), up.stride(0),
-        function, bias is not None, symmetric, x.is_cuda, ins == strip.block * strip.chunks,
+        function, bias is not None, symmetric, x.is_cuda, ins == strip.block * strip.chunks, early,
         strip.rows, strip.block, strip.chunks, strip.stages,
-        num_warps=strip.warps,
+        num_warps=strip.warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return codes, scales, zeros
