@@ -3,16 +3,21 @@
     python benchmarks/integer_scale.py --models ref-llama-22m ref-llama-22m-outliers --calibration calib.txt --text test.txt \
         --json docs/measurements/integer_scale.json --plot docs/integer-scale.svg --page docs/integer-scale.md
 
-W4A8, groups of 128, inputs per token. Weight error: mean squared over all quantized weights, relative to float scales
-with the same method. The plug-in form is the paper's: the codes of float scales, their scales rounded to S/α.
+W4A8, groups of 128, inputs per token; `--smooth` puts SmoothQuant before. A seed other than 0 shuffles the paragraphs of the
+calibration text; with several the table has means and their standard errors. Weight error: mean squared over all
+quantized weights, relative to float scales with the same method. The plug-in form is the paper's: the codes of float
+scales, their scales rounded to S/α.
 """
 
 import argparse
 import json
 import platform
+import random
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -26,7 +31,8 @@ from halfbyte.runtime.load import load
 from line_plot import Line, Plot, svg
 
 METHODS: dict[str, list[dict[str, Any]]] = {
-    "rtn": [{"method": "rtn", "ranges": "mse"}],
+    "rtn": [{"method": "rtn"}],
+    "rtn-mse": [{"method": "rtn", "ranges": "mse"}],
     "gptq": [{"method": "gptq", "ranges": "mse"}],
 }
 AMPLIFIERS = ("heuristic", 256, 512, 1024, 2048, 4096, "layer", "row")
@@ -46,21 +52,26 @@ def scales(amplifiers: list[str | int]) -> Iterator[tuple[str, str | int, dict[s
             )
 
 
-def recipe(method: str, scale: dict[str, Any]) -> Recipe:
+def recipe(method: str, scale: dict[str, Any], smooth: bool) -> Recipe:
+    steps = [*([{"method": "smoothquant"}] if smooth else []), *METHODS[method]]
     weights = {"bits": 4, "granularity": {"kind": "group", "size": 128}, "scale": scale}
     return Recipe.load(
-        {"name": method, "scheme": {"weights": weights, "activations": {"bits": 8}}, "steps": METHODS[method]}
+        {"name": method, "scheme": {"weights": weights, "activations": {"bits": 8}}, "steps": steps}
         | {"starved": "round"}
     )
 
 
-def measure(model: Path, method: str, scale: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def measure(model: Path, method: str, scale: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Quantize and evaluate; the weight error as mean noise-to-signal of the modules, weighted by their size."""
-    chosen = recipe(method, scale)
+    chosen = recipe(method, scale, options.smooth)
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "quantized"
+        output, text = Path(folder) / "quantized", Path(folder) / "calibration.txt"
+        paragraphs = options.calibration.read_text().split("\n\n")
+        if seed:
+            random.Random(seed).shuffle(paragraphs)
+        text.write_text("\n\n".join(paragraphs))
         report = quantize(
-            model, chosen, output, calibration=options.calibration if chosen.needs_data else None,
+            model, chosen, output, calibration=text if chosen.needs_data else None,
             samples=options.samples, length=512, device=options.device, dtype="float32",
         )  # fmt: skip
         found = halfbyte.inspect(output)
@@ -77,6 +88,16 @@ def measure(model: Path, method: str, scale: dict[str, Any], options: argparse.N
     }
 
 
+def mean_of(rows: list[dict[str, Any]], field: str) -> float:
+    return fmean(row[field] for row in rows)
+
+
+def told(rows: list[dict[str, Any]], field: str, base: float, sign: str) -> str:
+    """The mean over the seeds less `base`, with its standard error where there are several."""
+    error = f" ± {stdev(row[field] for row in rows) / len(rows) ** 0.5:.3f}" if len(rows) > 1 else ""
+    return f"{mean_of(rows, field) - base:{sign}.3f}{error}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Difference to float scales of the same method and model."""
     lines = [
@@ -85,19 +106,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         for method in METHODS:
-            mine = {
-                (row["form"], row["amplifier"]): row for row in rows if (row["model"], row["method"]) == (model, method)
-            }
+            mine: dict[tuple[str, str | int], list[dict[str, Any]]] = {}
+            for row in rows:
+                if (row["model"], row["method"]) == (model, method):
+                    mine.setdefault((row["form"], row["amplifier"]), []).append(row)
             exact = mine.get(("float", ""))
             if exact is None:
                 continue
-            lines.append(f"| {model} | {method} | float | {exact['perplexity']:.3f} | 1 | | |")
+            lines.append(f"| {model} | {method} | float | {told(exact, 'perplexity', 0.0, '')} | 1 | | |")
             for amplifier in dict.fromkeys(key[1] for key in mine if key[1] != ""):
                 cells = []
                 for form in FORMS:
-                    row = mine[form, amplifier]
-                    cells.append(f"{row['perplexity'] - exact['perplexity']:+.3f}")
-                    cells.append(f"{row['weight_error'] / exact['weight_error']:.3f}")
+                    found = mine.get((form, amplifier), [])
+                    seeds = {row["seed"] for row in found}
+                    base = [row for row in exact if row["seed"] in seeds]
+                    cells.append(told(found, "perplexity", mean_of(base, "perplexity"), "+") if base else "–")
+                    ratio = mean_of(found, "weight_error") / mean_of(base, "weight_error") if base else 0
+                    cells.append(f"{ratio:.3f}" if base else "–")
                 lines.append(f"| {model} | {method} | {amplifier} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -110,17 +135,15 @@ def plot(rows: list[dict[str, Any]], model: str) -> str:
         numbers = sorted({row["amplifier"] for row in mine if isinstance(row["amplifier"], int)})
         for form in FORMS:
             points = [
-                (str(row["amplifier"]), row["perplexity"])
+                (str(number), mean_of(found, "perplexity"))
                 for number in numbers
-                for row in mine
-                if (row["form"], row["amplifier"]) == (form, number)
+                if (found := [row for row in mine if (row["form"], row["amplifier"]) == (form, number)])
             ]
             lines.append(Line(f"{method}, {'on the grid' if form == 'fresh' else form}", tuple(points)))
-        lines += [
-            Line(f"{method}, float scales", tuple((str(n), row["perplexity"]) for n in numbers), dashed=True)
-            for row in mine
-            if row["form"] == "float"
-        ]
+        exact = [row for row in mine if row["form"] == "float"]
+        if exact:
+            level = tuple((str(number), mean_of(exact, "perplexity")) for number in numbers)
+            lines.append(Line(f"{method}, float scales", level, dashed=True))
     return svg(Plot(f"{model}, W4A8 g128", "amplifier α", "perplexity", tuple(lines)))
 
 
@@ -131,6 +154,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--amplifiers", nargs="+", default=[str(amplifier) for amplifier in AMPLIFIERS])
+    parser.add_argument("--smooth", action="store_true", help="SmoothQuant before")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration text")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--device", default="auto")
@@ -165,9 +190,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for model in options.models:
         for method in options.methods:
-            for form, amplifier, scale in scales(amplifiers):
-                measured = measure(model, method, scale, options)
-                rows.append({"model": model.name, "method": method, "form": form, "amplifier": amplifier, **measured})
+            for one, seed in product(list(scales(amplifiers)), list[int](options.seeds)):
+                form, amplifier, scale = one
+                measured = measure(model, method, scale, seed, options)
+                name = model.name + (" smoothed" if options.smooth else "")
+                which = {"model": name, "method": method, "form": form, "amplifier": amplifier, "seed": seed}
+                rows.append(which | measured)
                 print(json.dumps(rows[-1]), flush=True)
                 if options.json:
                     options.json.write_text(

@@ -37,7 +37,7 @@ def measure(model: Path, recipe: str, options: argparse.Namespace, original: Any
         quantized = load(output, device=options.evaluate_on, dtype=torch.float32)
         result = evaluate(quantized, against=original, text=options.text, window=1024, limit_windows=16)
     return {
-        "model": model.name, "recipe": recipe, "perplexity": result.perplexity, "kl_mean": result.kl_mean,
+        "model": model.name, "recipe": Path(recipe).stem, "perplexity": result.perplexity, "kl_mean": result.kl_mean,
         "kl_p99": result.kl_p99, "top1_agreement": result.top1_agreement, "bits_per_weight": report.bits_per_weight or 16.0,
         "seconds": round(report.seconds, 1),
     }  # fmt: skip

@@ -54,7 +54,7 @@ DOORS = {
         "models/load.py", "runtime/load.py", "runtime/generate.py", "huggingface.py", "calibration/self_written.py",
         "models/linearize.py", "cli/terminal.py", "runtime/cache.py", "runtime/cache_attention.py", "calibration/cache.py",
         "calibration/past_only.py",
-        "runtime/static_cache.py", "runtime/decoder.py", "runtime/cache_decode.py",
+        "runtime/static_cache.py", "runtime/even_cache.py", "runtime/cache_decode.py",
     },
     "triton": {"kernels", "solvers"},
     "datasets": {"calibration/data.py"},

@@ -4,7 +4,8 @@
     norm of x                                      norm and codes in one pass
     linears that read it                           one integer product of their concatenated weights
     rotations, cache, attention                    the model's own module: its linears are stand-ins that hand out the
-                                                   product's columns, and hand back what attention gives as it is
+                                                   product's columns, and hand back what attention gives as it is; a
+                                                   step on an even cache is one launch (even_cache.py)
     output linear, then its sum with x             codes of each token; product, scales, bias and x in one pass; where
                                                    an RMS norm follows, it adds x
     gelu, or silu(gate) · up                       activation and codes in one pass
@@ -30,6 +31,7 @@ from halfbyte.kernels.token_quantize import (
     silu_mul_quantize,
 )
 from halfbyte.runtime.codes import Codes
+from halfbyte.runtime.even_cache import attend, attends_in_one
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import QuantizedLinear
 
@@ -74,8 +76,13 @@ def llama(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = Non
     """A layer of Llama, Mistral, Qwen2 or Qwen3."""
     linears, x, norm = layer.fused, hidden_states.flatten(0, 1), layer.input_layernorm
     read = norm(x) if linears.qkv is None else product(after_rms_norm(norm, x, linears.qkv)[0], linears.qkv, x.dtype)
-    attended, _ = layer.self_attn(_sequences(read, hidden_states), attention_mask=attention_mask, **kwargs)
-    attended = product(of_tokens(attended.flatten(0, 1), linears.out), linears.out, x.dtype)
+    cache = kwargs.get("past_key_values")
+    if linears.qkv is not None and attends_in_one(layer.self_attn, cache, hidden_states.shape[1]):
+        attended = attend(layer.self_attn, read, cache, kwargs["position_embeddings"])
+    else:
+        attended, _ = layer.self_attn(_sequences(read, hidden_states), attention_mask=attention_mask, **kwargs)
+        attended = attended.flatten(0, 1)
+    attended = product(of_tokens(attended, linears.out), linears.out, x.dtype)
     read, x = after_rms_norm(layer.post_attention_layernorm, attended, linears.up, residual=x)
     gated = after_gate(layer.mlp, product(read, linears.up, x.dtype), linears.down)
     x = product(gated, linears.down, x.dtype, residual=x)

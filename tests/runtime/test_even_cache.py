@@ -1,0 +1,104 @@
+"""A cache with one length for all rows: steps on it are what the model computes without any cache."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from closeness import relative_error
+from halfbyte.numerics.grid import fit
+from halfbyte.numerics.quantized import round_to_grid
+from halfbyte.runtime import fused_layers
+from halfbyte.runtime.decoder import Decoder
+from halfbyte.runtime.even_cache import EvenLayer, even_cache
+from halfbyte.runtime.fused import fuse
+from halfbyte.runtime.linear import QuantizedLinear
+from halfbyte.scheme import FloatScale, PerGroup, WeightFormat
+from tiny_models import tiny, tokens
+
+FORMAT = WeightFormat(granularity=PerGroup(size=8), scale=FloatScale(dtype="float32"))
+
+
+def fused(variant: str, **overrides: object) -> nn.Module:
+    model = tiny(variant, **overrides)
+    for path, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and ".layers." in path:
+            rounded = round_to_grid(linear.weight.float(), fit(linear.weight.float(), FORMAT), FORMAT)
+            model.set_submodule(path, QuantizedLinear.from_weight(rounded, linear.bias).prepare(torch.float32))
+    fuse(model)
+    return model
+
+
+def stepped(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
+    """Logits from `prompt` on: the prompt at once, what follows token by token."""
+    position = torch.zeros((), dtype=torch.long)
+    cache = even_cache(model.config, ids.shape[1] + 2, position)
+    model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+    found = []
+    for place in range(prompt, ids.shape[1]):
+        position.fill_(place)
+        inputs = {"input_ids": ids[:, place : place + 1], "position_ids": torch.full((1, 1), place)}
+        found.append(model(**inputs, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The attention modules whose steps are one launch."""
+    seen: list[str] = []
+    attend = fused_layers.attend
+
+    def counted(attention: nn.Module, *arguments: object) -> Tensor:
+        seen.append(type(attention).__name__)
+        return attend(attention, *arguments)
+
+    monkeypatch.setattr(fused_layers, "attend", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "in_one"),
+    [
+        ("llama", {}, True),
+        ("llama", {"num_key_value_heads": 4}, True),
+        ("qwen2", {}, True),
+        ("mistral", {"head_dim": 8, "sliding_window": None}, True),
+        ("mistral", {"head_dim": 12, "sliding_window": None}, False),
+        ("qwen3", {"head_dim": 8}, False),
+        ("gpt_neox", {}, False),
+    ],
+)
+@torch.no_grad()
+def test_steps_are_what_the_model_computes_without_a_cache(variant, overrides, in_one, launches):
+    model, ids = fused(variant, **overrides), tokens(3, 12)
+    whole = model(input_ids=ids, use_cache=False).logits[:, 5:]
+    assert relative_error(stepped(model, ids, 5), whole) < 2e-6
+    assert len(launches) == (2 * 7 if in_one else 0)
+
+
+@torch.no_grad()
+def test_a_decoder_of_a_fused_model_starts_anew_with_each_prompt(launches):
+    model = fused("llama")
+    decoder = Decoder(model, 2, 16)
+    for seed in (0, 1):
+        prompts = tokens(2, 7, seed)
+        ids = prompts
+        for _ in range(6):
+            following = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, following], dim=1)
+        assert torch.equal(decoder.decode(prompts, 6), ids[:, 7:])
+    assert launches
+
+
+@torch.no_grad()
+def test_a_sliding_window_leaves_transformers_own_layers():
+    model = fused("mistral", head_dim=8, sliding_window=5)
+    cache = even_cache(model.config, 12, torch.zeros((), dtype=torch.long))
+    assert not any(isinstance(layer, EvenLayer) for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_a_length_that_is_not_moved_on_would_be_seen(monkeypatch):
+    model, ids = fused("llama"), tokens(2, 9)
+    whole = model(input_ids=ids, use_cache=False).logits[:, 5:]
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda tensor, _value: tensor)
+    assert relative_error(stepped(model, ids, 5), whole) > 1e-2
