@@ -88,43 +88,39 @@ def measure(model: Path, method: str, scale: dict[str, Any], seed: int, options:
     }
 
 
-def mean_of(rows: list[dict[str, Any]], field: str) -> float:
-    return fmean(row[field] for row in rows)
+def told(rows: list[dict[str, Any]], base: float, sign: str) -> str:
+    """The mean perplexity over the seeds less `base`, with its standard error where there are several."""
+    perplexities = [row["perplexity"] for row in rows]
+    error = f" ± {stdev(perplexities) / len(rows) ** 0.5:.3f}" if len(rows) > 1 else ""
+    return f"{fmean(perplexities) - base:{sign}.3f}{error}"
 
 
-def told(rows: list[dict[str, Any]], field: str, base: float, sign: str) -> str:
-    """The mean over the seeds less `base`, with its standard error where there are several."""
-    error = f" ± {stdev(row[field] for row in rows) / len(rows) ** 0.5:.3f}" if len(rows) > 1 else ""
-    return f"{mean_of(rows, field) - base:{sign}.3f}{error}"
+Found = dict[tuple[str, str, str, str | int], list[dict[str, Any]]]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Difference to float scales of the same method and model."""
-    lines = [
-        "| model | method | α | grid: perplexity | weight error | plug-in: perplexity | weight error |",
-        "|---" * 7 + "|",
-    ]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        for method in METHODS:
-            mine: dict[tuple[str, str | int], list[dict[str, Any]]] = {}
-            for row in rows:
-                if (row["model"], row["method"]) == (model, method):
-                    mine.setdefault((row["form"], row["amplifier"]), []).append(row)
-            exact = mine.get(("float", ""))
-            if exact is None:
-                continue
-            lines.append(f"| {model} | {method} | float | {told(exact, 'perplexity', 0.0, '')} | 1 | | |")
-            for amplifier in dict.fromkeys(key[1] for key in mine if key[1] != ""):
-                cells = []
-                for form in FORMS:
-                    found = mine.get((form, amplifier), [])
-                    seeds = {row["seed"] for row in found}
-                    base = [row for row in exact if row["seed"] in seeds]
-                    cells.append(told(found, "perplexity", mean_of(base, "perplexity"), "+") if base else "–")
-                    ratio = mean_of(found, "weight_error") / mean_of(base, "weight_error") if base else 0
-                    cells.append(f"{ratio:.3f}" if base else "–")
-                lines.append(f"| {model} | {method} | {amplifier} | {' | '.join(cells)} |")
+    """Float scales, and the difference to them on the grid and plugged in; a column for each model and method."""
+    found: Found = {}
+    for row in rows:
+        found.setdefault((row["model"], row["method"], row["form"], row["amplifier"]), []).append(row)
+    columns = list(dict.fromkeys(key[:2] for key in found))
+    amplifiers = [amplifier for amplifier in AMPLIFIERS if any(key[3] == amplifier for key in found)]
+    head = ["α", *(f"{model}: {method}" for model, method in columns)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    exact = [told(found[model, method, "float", ""], 0.0, "") for model, method in columns]
+    lines.append(f"| float | {' | '.join(exact)} |")
+    for amplifier in amplifiers:
+        cells = (" / ".join(difference(found, *column, form, amplifier) for form in FORMS) for column in columns)
+        lines.append(f"| {amplifier} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def difference(found: Found, model: str, method: str, form: str, amplifier: str | int) -> str:
+    """To float scales with the same calibration text."""
+    mine = found.get((model, method, form, amplifier), [])
+    seeds = {row["seed"] for row in mine}
+    exact = [row["perplexity"] for row in found[model, method, "float", ""] if row["seed"] in seeds]
+    return told(mine, fmean(exact), "+") if exact else "–"
 
 
 def plot(rows: list[dict[str, Any]], model: str) -> str:
@@ -135,14 +131,14 @@ def plot(rows: list[dict[str, Any]], model: str) -> str:
         numbers = sorted({row["amplifier"] for row in mine if isinstance(row["amplifier"], int)})
         for form in FORMS:
             points = [
-                (str(number), mean_of(found, "perplexity"))
+                (str(number), fmean(found))
                 for number in numbers
-                if (found := [row for row in mine if (row["form"], row["amplifier"]) == (form, number)])
+                if (found := [row["perplexity"] for row in mine if (row["form"], row["amplifier"]) == (form, number)])
             ]
             lines.append(Line(f"{method}, {'on the grid' if form == 'fresh' else form}", tuple(points)))
-        exact = [row for row in mine if row["form"] == "float"]
+        exact = [row["perplexity"] for row in mine if row["form"] == "float"]
         if exact:
-            level = tuple((str(number), mean_of(exact, "perplexity")) for number in numbers)
+            level = tuple((str(number), fmean(exact)) for number in numbers)
             lines.append(Line(f"{method}, float scales", level, dashed=True))
     return svg(Plot(f"{model}, W4A8 g128", "amplifier α", "perplexity", tuple(lines)))
 
@@ -162,10 +158,8 @@ def main() -> None:
     parser.add_argument("--evaluate-on", default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--render", type=Path, help="measure nothing, take the rows of this earlier --json")
-    parser.add_argument("--plot", type=Path, help="SVG of the last model")
-    parser.add_argument(
-        "--page", type=Path, help="replace the table between the markers of this file by that of the last model"
-    )
+    parser.add_argument("--plot", type=Path, help="SVG of the first model")
+    parser.add_argument("--page", type=Path, help="replace the table between the markers of this file")
     options = parser.parse_args()
     if options.render:
         rows = json.loads(options.render.read_text())["rows"]
@@ -174,11 +168,10 @@ def main() -> None:
     rendered = table(rows)
     print(rendered)
     if options.plot:
-        options.plot.write_text(plot(rows, rows[-1]["model"]))
+        options.plot.write_text(plot(rows, rows[0]["model"]))
     if options.page:
         before, rest = options.page.read_text().split(BEGIN)
-        last = table([row for row in rows if row["model"] == rows[-1]["model"]])
-        options.page.write_text(before + BEGIN + "\n" + last + "\n" + END + rest.split(END)[1])
+        options.page.write_text(before + BEGIN + "\n" + rendered + "\n" + END + rest.split(END)[1])
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:

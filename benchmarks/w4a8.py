@@ -29,7 +29,7 @@ from torch import Tensor
 
 from halfbyte.kernels.w4a8 import tensor_cores, tilings
 from halfbyte.kernels.w4a8.prepared import Kind, PreparedWeight
-from halfbyte.kernels.w4a8.tilings import TOKENS, Block
+from halfbyte.kernels.w4a8.tilings import TOKENS, Block, Folded, Tiling
 from halfbyte.kernels.w4a16 import tensor_cores as w4a16
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
 from halfbyte.packing import int32_words
@@ -43,7 +43,6 @@ COMPILERS = 15
 GROUP = 128
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-Tiling = Block | None
 Times = dict[tuple[Kind, int], dict[Tiling, list[float]]]
 
 
@@ -165,52 +164,52 @@ def is_right(y: Tensor, exact: Tensor, kind: str) -> bool:
     return bool(((y.double() - exact).abs() <= 1.01 * 2.0**-8 * exact.abs() + spare).all())
 
 
-# workers, units, programs for a multiprocessor, how many fit there
-FEW = ((1, 4, 3, 3), (1, 2, 4, 4), (1, 2, 3, 3), (2, 1, 2, 2), (2, 2, 2, 2), (2, 2, 1, 2), (4, 2, 1, 1))
-SPLITS = ((1, 4, 3, 4), (1, 2, 4, 4), (1, 2, 3, 4), (1, 2, 3, 6), (2, 2, 2, 4), (2, 2, 2, 8), (4, 2, 1, 8))
+# workers, units, how many programs fit a multiprocessor
+FOLDED = ((2, 1, 2), (2, 2, 2), (1, 2, 3))
+FEW = ((1, 2, 3), (1, 2, 4), (2, 2, 2))
+SPLITS = (2, 3, 4, 6)
 # block_m, workers, each, units, programs
-MANY = (
-    (64, 2, 1, 1, 2), (64, 2, 2, 1, 1), (64, 2, 2, 2, 1), (64, 4, 1, 1, 1), (64, 4, 1, 2, 1), (128, 2, 1, 1, 1),
-    (128, 2, 1, 2, 1), (128, 1, 1, 1, 2), (128, 1, 1, 2, 2),
-)  # fmt: skip
-MANY_SCALED_CODES = ((128, 2, 2, 1, 1), (256, 2, 1, 1, 1), (256, 1, 1, 1, 1))
+MANY = ((64, 1, 1, 2, 3), (64, 2, 1, 1, 2), (64, 4, 1, 1, 1), (128, 2, 1, 2, 1), (128, 1, 1, 2, 2))
+MANY_SCALED_CODES = ((128, 4, 1, 1, 1), (128, 2, 2, 1, 1), (256, 2, 1, 1, 1))
 
 
 def candidates(kind: Kind, tokens: int) -> Iterator[Tiling]:
     """What may be fast for so many tokens and fits a multiprocessor."""
     if kind == "weight" and tokens < 128:
         return  # as the other kinds
+    if tokens <= 16:
+        for workers, units, residents in FOLDED:
+            yield from fitting(Folded(tokens, workers, units, 1, residents))
     if tokens <= 32:
-        for workers, units, programs, residents in FEW:
-            yield from fitting(Block(tokens, workers, 1, units, 1, True, programs, residents))
-            if workers == 1:
-                yield from fitting(Block(tokens, workers, 1, units, 1, False, programs, residents))
-        for workers, units, residents, split in SPLITS:
-            yield from fitting(Block(tokens, workers, 1, units, 1, False, residents, residents, split))
+        for workers, units, residents in FEW:
+            one = Block(max(tokens, 8), workers, 1, units, 1, False, residents, residents)
+            for other in (one, replace(one, shared=True), *(replace(one, split=split) for split in SPLITS)):
+                yield from fitting(other)
         return
-    if kind == "weight":
-        yield None
     for block_m, workers, each, units, programs in MANY + (MANY_SCALED_CODES if kind == "weight" else ()):
         if block_m <= tokens:
             for shared in (True, False) if tokens < 1024 else (False,):
                 yield from fitting(Block(block_m, workers, each, units, 1, shared, programs, programs))
 
 
-def fitting(one: Block) -> Iterator[Block]:
+def fitting(one: Tiling) -> Iterator[Tiling]:
     """With as many stages as shared memory holds; nothing where registers do not suffice."""
     ring = replace(one, stages=2).shared_memory - one.shared_memory
-    fit = (SHARED_MEMORY // one.residents - 2048 - (one.shared_memory - ring)) // ring
-    if fit >= 2 and one.worker_registers >= one.block_m * one.each // 2 + 48:
-        yield replace(one, stages=min(fit, 16 // one.units))
+    fit = min((SHARED_MEMORY // one.residents - 2048 - (one.shared_memory - ring)) // ring, 20 // one.units)
+    if isinstance(one, Folded):
+        fit, sums = fit // one.workers * one.workers, one.tokens * one.units
+    else:
+        sums = one.block_m * one.each // 2
+    if fit >= 2 and one.worker_registers >= sums + 48:
+        yield replace(one, stages=fit)
 
 
 def compile_one(job: tuple[Kind, Tiling]) -> str | None:
     """Fill Triton's cache with a kernel, by running it on a small weight. What went wrong, if anything."""
     kind, tiling = job
     case = Case.of(kind, 664, 2048, copies=False)
-    x, x_scales = activations((tiling.block_m if tiling else 64) + 5, 2048)
-    if tiling and tiling.block_m <= 8:
-        x, x_scales = x[:7], x_scales[:7]
+    most = tiling.tokens if isinstance(tiling, Folded) else tiling.block_m
+    x, x_scales = activations(most - 1 if most <= 16 else most + 5, 2048)
     try:
         y = tensor_cores.launch(x, x_scales, case.weights[0], None, DTYPE, tiling)
         return None if is_right(y, expected(x, x_scales, case), kind) else f"WRONG: {kind} {tiling}"
@@ -228,8 +227,10 @@ def compile_all(jobs: list[tuple[Kind, Tiling]]) -> set[tuple[Kind, Tiling]]:
 
 
 def is_sensible(tiling: Tiling, tokens: int, outs: int) -> bool:
-    """Whether programs that share nothing, or a block each with others, fill the chip."""
-    if tiling is None or tiling.shared or (tokens > 32 and tiling.split == 1):
+    """Whether programs that share nothing, or a block each with others, fill the chip, and another launch has places."""
+    if isinstance(tiling, Folded):
+        return 2 * math.ceil(outs / 64) <= 132 * (tiling.residents - 1)
+    if tiling.shared or (tokens > 32 and tiling.split == 1):
         return True
     parts = math.ceil(outs / (64 * tiling.workers * tiling.each)) * tiling.split
     return 120 <= parts <= 132 * tiling.residents
@@ -240,7 +241,7 @@ def search(
 ) -> tuple[Tiling, float] | None:
     """Time the candidates on one weight; adds to `times`. The best of them and its time."""
     outs, ins = case.exact.shape
-    x, x_scales = activations(1 if tokens == 8 else tokens, ins)
+    x, x_scales = activations(1 if tokens == 4 else tokens, ins)
     exact = expected(x, x_scales, case)
     found: list[tuple[float, Tiling]] = []
     for tiling in dict.fromkeys(candidates(kind, tokens)):
@@ -260,8 +261,6 @@ def search(
 
 
 def short(tiling: Tiling) -> str:
-    if tiling is None:
-        return "decoded"
     return repr(tiling).replace("block_m=", "").replace("workers=", "w").replace("each=", "e").replace("units=", "u")
 
 
@@ -287,7 +286,7 @@ def measure(tokens: int, cases: dict[Kind, Case], peers: Peers, picks: dict[tupl
     x, x_scales = activations(tokens, ins)
     ours, used = [], {}
     for kind, case in cases.items():
-        tiling = picks.get((kind, tokens, outs, ins), tilings.choose(kind, tokens, outs))
+        tiling = picks.get((kind, tokens, outs, ins), tilings.choose(kind, tokens, outs, ins, GROUP))
         run = calls(x, x_scales, case, tiling)
         y, exact = run[0](), expected(x, x_scales, case)
         if not is_right(y, exact, kind):
@@ -336,7 +335,8 @@ def main() -> None:
     ]
     if not searched:
         tokens = [int(tokens) for tokens in options.tokens.split(",")]
-        jobs = [(kind, tilings.choose(kind, t, outs)) for kind in KINDS for t in tokens for outs, _ in shapes]
+        chosen = lambda kind, t, outs, ins: (kind, tilings.choose(kind, t, outs, ins, GROUP))  # noqa: E731
+        jobs = [chosen(kind, t, *shape) for kind in KINDS for t in tokens for shape in shapes]
     jobs = list(dict.fromkeys(jobs))
     works = compile_all(jobs)
     print(f"{len(works)} of {len(jobs)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True)

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 from without_layouts import interpreted
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
-from halfbyte.kernels.w4a8 import blocks, decoded, sums, tensor_cores, tilings, turns
+from halfbyte.kernels.w4a8 import blocks, folded, sums, tensor_cores, tilings, turns
 from halfbyte.kernels.w4a8.prepared import Kind, PreparedWeight
-from halfbyte.kernels.w4a8.tilings import Block
+from halfbyte.kernels.w4a8.tilings import Block, Folded
 from halfbyte.packing import int32_words
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 KERNEL = interpreted(blocks, sums, turns)
+FOLDED = interpreted(folded, sums)
 KINDS: tuple[Kind, ...] = ("float", "integer", "weight")
 
 
@@ -29,7 +29,6 @@ KINDS: tuple[Kind, ...] = ("float", "integer", "weight")
 def _on_three_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that programs have several blocks, or parts of them."""
     monkeypatch.setattr(KERNEL, "processors", lambda _device: 3)
-    monkeypatch.setattr(decoded, "_int8_kernel", InterpretedFunction(decoded._int8_kernel.fn))
 
 
 class Problem(NamedTuple):
@@ -86,6 +85,7 @@ BLOCKS = [
     pytest.param(3, 72, 640, 128, Block(8, 1, 1, 4, 2, True), id="units-that-do-not-divide"),
     pytest.param(3, 200, 1024, 128, Block(8, 2, 1, 1, 4, False, split=3), id="split"),
     pytest.param(3, 72, 512, 128, Block(8, 1, 1, 4, 2, False, split=6), id="split-too-often"),
+    pytest.param(70, 72, 512, 128, Block(64, 1, 1, 4, 2, True), id="scaled-while-the-next-is-multiplied"),
 ]
 
 
@@ -93,6 +93,21 @@ BLOCKS = [
 def test_every_way_to_cut_agrees_with_float64(tokens: int, outs: int, ins: int, group_size: int, block: Block) -> None:
     given = problem("integer", tokens, outs, ins, group_size)
     assert_close(launch(given, block), given.expected().half())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tokens", "outs", "ins", "block"),
+    [
+        pytest.param(3, 72, 768, Folded(4, 2, 1, 2, 2), id="two-crews"),
+        pytest.param(5, 72, 1408, Folded(8, 2, 2, 2, 2), id="steps-reach-past-the-inputs"),
+        pytest.param(16, 136, 512, Folded(16, 1, 2, 3, 2), id="one-crew"),
+    ],
+)
+def test_folded_blocks_agree_with_float64(tokens: int, outs: int, ins: int, block: Folded, kind: Kind) -> None:
+    given = problem(kind, tokens, outs, ins)
+    y = FOLDED.matmul(given.x, given.x_scales, given.weight, given.bias, torch.float16, block)
+    assert_close(y, given.expected().half())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,15 +163,6 @@ def test_a_row_that_may_leave_int32_is_refused() -> None:
         extreme(8192)
 
 
-@pytest.mark.parametrize("outs", [72, 128])
-def test_a_decoded_weight_is_code_times_scale(outs: int) -> None:
-    given = problem("weight", 1, outs, 384)
-    expected = (given.codes.unflatten(1, (3, -1)).int() - 8) * given.scales.int()[:, :, None]
-    assert torch.equal(decoded.int8_weight(given.weight).int(), expected.flatten(1))
-    with pytest.raises(ValueError, match="'float'"):
-        decoded.int8_weight(problem("float", 1, 64, 128).weight)
-
-
 def test_kernels_read_and_write_only_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given, empty = problem("float", 3, 40, 256), torch.empty
     around = torch.full((5, 320), 99, dtype=torch.int8)
@@ -192,23 +198,31 @@ def arguments_of(given: Problem) -> tuple[Any, ...]:
 def test_a_launch_runs_what_the_tiling_asks_for(kind: Kind, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(kind, tokens, 72, 256)
     monkeypatch.setattr("halfbyte.kernels.w4a8.blocks", KERNEL)
+    monkeypatch.setattr("halfbyte.kernels.w4a8.folded", FOLDED)
     monkeypatch.setattr("torch.cuda.device_of", lambda _x: nullcontext())
     assert_close(tensor_cores._on_cuda(*arguments_of(given)), given.expected().half())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("outs", [64, 4096, 16384, 151936])
+@pytest.mark.parametrize("ins", [4096, 14336])
+@pytest.mark.parametrize("outs", [64, 4096, 12288, 16384, 28672, 151936])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 100, 1000, 100_000])
-def test_every_number_of_tokens_has_a_tiling_that_fits_a_multiprocessor(tokens: int, outs: int, kind: Kind) -> None:
-    tiling = tilings.choose(kind, tokens, outs)
-    if tiling is None:
-        assert kind == "weight"
-        return
+def test_every_number_of_tokens_has_a_tiling_that_fits(tokens: int, outs: int, ins: int, kind: Kind) -> None:
+    tiling = tilings.choose(kind, tokens, outs, ins, 128)
     assert tiling.residents * (tiling.shared_memory + 1024) <= SHARED_MEMORY
     registers = tiling.launch_registers or 0
     assert tiling.residents * registers * 32 * tiling.warps <= tilings.REGISTERS
+    if isinstance(tiling, Folded):
+        assert tokens <= tiling.tokens
+        assert tiling.stages % tiling.workers == 0
+        return
     sums_each = tiling.block_m * tiling.each // 2
     assert tiling.worker_registers >= sums_each * (1 if kind == "weight" else 2) + 24
+
+
+def test_groups_that_cannot_be_folded_are_not() -> None:
+    assert isinstance(tilings.choose("integer", 1, 4096, 4096, 128), Folded)
+    assert isinstance(tilings.choose("integer", 1, 4096, 4096, 256), Block)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ A launch starts to fetch its weight while the kernel before it ends: what waits 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportAssignmentType=false
 # triton's decorators change signatures in ways that types do not tell
+# ruff: noqa: RUF005 - triton has no stars in tuples
 
 import torch
 import triton
@@ -130,6 +131,7 @@ def _multiply(
     m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, sums)), 0)
     none = gl.full((EACH * 64, BLOCK_M), 0, gl.int32, sums)
     size: tl.constexpr = WORKERS * EACH * 64 * BLOCK_M
+    AHEAD: tl.constexpr = 1 if SPLIT > 1 else STAGES // 2  # steps
     lanes: tl.constexpr = gl.BlockedLayout([EACH * BLOCK_M // 4, 1, 2], [1, 32, 1], [1, 4, 1], [2, 1, 0])
     of_threads: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, lanes))
     registers = gl.arange(0, EACH * BLOCK_M // 4, gl.SliceLayout(1, gl.SliceLayout(2, lanes)))
@@ -165,7 +167,7 @@ def _multiply(
             others = SPLIT - 1
             if SHARED:
                 others = ((block + 1) * steps - 1) // each - share
-            ahead = gl.where(first > 0, 0, gl.where(others > 0, gl.minimum(count, STAGES // 2), 0))
+            ahead = gl.where(first > 0, 0, gl.where(others > 0, gl.minimum(count, AHEAD), 0))
             total, slot, phase = add_steps(
                 total, none, slot, phase, count - ahead, worker, x_ring, words_ring, scales_ring, full, empty, signs,
                 KIND, HIGH, BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
@@ -173,10 +175,18 @@ def _multiply(
             if ahead > 0:
                 while gl.atomic_add(counter, 0) < others:
                     pass
-                for other in range(others):
-                    theirs = share + 1 + other if SHARED else block * (SPLIT - 1) + other
-                    left = gl.load(partial_ptr + theirs.to(gl.int64) * size + inside, cache_modifier=".cg")
-                    total += by_rows(left, EACH, BLOCK_M, sums)
+                if SPLIT > 1:
+                    left = ()
+                    for other in gl.static_range(SPLIT - 1):
+                        theirs = (block * (SPLIT - 1) + other).to(gl.int64) * size
+                        left = left + (gl.load(partial_ptr + theirs + inside, cache_modifier=".cg"),)
+                    for other in gl.static_range(SPLIT - 1):
+                        total += by_rows(left[other], EACH, BLOCK_M, sums)
+                else:
+                    for other in range(others):
+                        theirs = (share + 1 + other).to(gl.int64) * size
+                        left = gl.load(partial_ptr + theirs + inside, cache_modifier=".cg")
+                        total += by_rows(left, EACH, BLOCK_M, sums)
                 gl.atomic_xchg(counter, 0)
             count = ahead
         total, slot, phase = add_steps(
@@ -303,7 +313,7 @@ def matmul(
     steps = ins // (units * GROUP)
     blocks_m, blocks_n = triton.cdiv(tokens, block.block_m), triton.cdiv(out_tiles, tiles)
     blocks = blocks_m * blocks_n
-    split = min(block.split, steps - min(steps // 4, 4))  # each has a step at least: an owner waits for all
+    split = min(block.split, steps)  # each has a step at least: an owner waits for all
     shared = block.shared
     if blocks * block.workers > weight.counters.shape[0]:  # what is shared has a counter for each crew
         split, shared = 1, False

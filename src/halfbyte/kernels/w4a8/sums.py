@@ -52,7 +52,7 @@ def _lanes(words):
 
 
 @gluon.jit
-def _operand(words, pairs, signs, EACH: tl.constexpr, KIND: tl.constexpr, HIGH: tl.constexpr, left: tl.constexpr):
+def operand(words, pairs, signs, EACH: tl.constexpr, KIND: tl.constexpr, HIGH: tl.constexpr, left: tl.constexpr):
     """Words [EACH, 32, 32], with their pairs of scales [1, 32 · EACH], as int8 lanes [64 · EACH, 128]."""
     #                         tile half strip row pair step far
     words = gl.reshape(words, (EACH, 2, 4, 8, 4, 2, 2))
@@ -70,7 +70,7 @@ def _operand(words, pairs, signs, EACH: tl.constexpr, KIND: tl.constexpr, HIGH: 
 
 
 @gluon.jit
-def _of_rows(pairs, EACH: tl.constexpr, KIND: tl.constexpr, layout: tl.constexpr):
+def of_rows(pairs, EACH: tl.constexpr, KIND: tl.constexpr, layout: tl.constexpr):
     """Pairs of scales [1, 32 · EACH] as float32, or int32, for every output, [64 · EACH, 1]."""
     if KIND == FLOAT:
         low = (pairs << 16).to(gl.float32, bitcast=True)
@@ -97,7 +97,7 @@ def add_steps(
     """Add so many steps to `total`."""
     TOGETHER: tl.constexpr = UNITS > 1 and BLOCK_M * EACH * UNITS <= 128  # registers hold the sums of all units
     left: tl.constexpr = gl.DotOperandLayout(0, sums, 4)
-    of_rows: tl.constexpr = gl.SliceLayout(1, sums)
+    rows: tl.constexpr = gl.SliceLayout(1, sums)
     of_words: tl.constexpr = gl.BlockedLayout([EACH, 1, 4], [1, 4, 8], [1, 4, 1], [2, 1, 0])
     # the four lanes of a row hold the same
     of_pairs: tl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, 4], [0, 1])
@@ -109,27 +109,31 @@ def add_steps(
             pairs = scales_ring.index(slot).slice(unit % PARTS, 1, 0).slice(worker * EACH * 32, EACH * 32, 1)
             pairs = pairs.load(of_pairs)
             words = words_ring.index(slot).slice(worker * EACH, EACH, 0).slice(unit * 32, 32, 1).load(of_words)
-            a = _operand(words, pairs, signs, EACH, KIND, HIGH, left)
+            a = operand(words, pairs, signs, EACH, KIND, HIGH, left)
             xt = x_ring.index(slot * UNITS + unit).permute((1, 0))
             if KIND == WEIGHT:
                 total = warpgroup_mma(a, xt, total, is_async=True)
             else:
-                scale = _of_rows(pairs, EACH, KIND, of_rows)
+                scale = of_rows(pairs, EACH, KIND, rows)
                 product = warpgroup_mma(a, xt, none, use_acc=False, is_async=True)
-                if TOGETHER:
-                    products = products + (product,)
-                    scales = scales + (scale,)
-                else:
-                    total += warpgroup_mma_wait(0, deps=[product]).to(total.dtype) * scale
+                if not TOGETHER and unit > 0:
+                    # while the tensor cores multiply this unit, the one before it is scaled
+                    before, product = warpgroup_mma_wait(1, deps=(products[0], product))
+                    total += before.to(total.dtype) * scales[0]
+                    products = ()
+                    scales = ()
+                products = products + (product,)
+                scales = scales + (scale,)
         # nothing is pending when the loop goes round: ptxas would give the operands' registers away
         if KIND == WEIGHT:
             total = warpgroup_mma_wait(0, deps=[total])
-        elif TOGETHER:
+        elif len(products) == 1:
+            products = (warpgroup_mma_wait(0, deps=products),)
+        else:
             products = warpgroup_mma_wait(0, deps=products)
         mbarrier.arrive(empty.index(slot), count=1)
-        if KIND != WEIGHT and TOGETHER:
-            for unit in gl.static_range(UNITS):
-                total += products[unit].to(total.dtype) * scales[unit]
+        for i in gl.static_range(len(products)):
+            total += products[i].to(total.dtype) * scales[i]
         slot, phase = after(slot, phase, STAGES)
     return total, slot, phase
 

@@ -5,8 +5,8 @@ for storing; `checkpoint_words` turns it back. `matmul` is the `torch.library` o
 fake implementation for `torch.compile` and CUDA graphs; on a CPU it computes in float64. On a GPU `tilings.choose` says
 what runs:
 
-    blocks    the weight is unpacked where it is multiplied        blocks.py
-    decoded   many tokens, kind "weight": code · scale is written out as int8, and kernels/w8a8 multiplies
+    folded    up to 8 tokens and few outputs     folded.py
+    blocks    the rest                           blocks.py
 """
 
 from typing import get_args
@@ -135,23 +135,21 @@ def _on_cuda(
     if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(x):  # triton launches on the current device, which need not be where x is
-        return launch(x, x_scales, weight, bias, dtype, tilings.choose(weight.kind, x.shape[0], weight.outs))
+        tiling = tilings.choose(weight.kind, x.shape[0], weight.outs, weight.ins, group_size)
+        return launch(x, x_scales, weight, bias, dtype, tiling)
 
 
 def launch(
     x: Tensor, x_scales: Tensor, weight: PreparedWeight, bias: Tensor | None, dtype: torch.dtype,
-    tiling: tilings.Block | None,
+    tiling: tilings.Tiling,
 ) -> Tensor:  # fmt: skip
-    """`matmul` on the current GPU with a launch that is cut up so; None for `decoded`. Rows of x start on 16 bytes."""
+    """`matmul` on the current GPU with a launch that is cut up so. Rows of x start on 16 bytes."""
     # imported here: triton exists only where there is something to run it on
-    if tiling is not None:
-        from halfbyte.kernels.w4a8 import blocks
+    from halfbyte.kernels.w4a8 import blocks, folded
 
-        return blocks.matmul(x, x_scales, weight, bias, dtype, tiling)
-    from halfbyte.kernels.w4a8 import decoded
-    from halfbyte.kernels.w8a8 import triton_hopper
-
-    return triton_hopper.int8_matmul(x, x_scales, decoded.int8_weight(weight), weight.row_scales, bias, dtype=dtype)
+    if isinstance(tiling, tilings.Folded):
+        return folded.matmul(x, x_scales, weight, bias, dtype, tiling)
+    return blocks.matmul(x, x_scales, weight, bias, dtype, tiling)
 
 
 @_op.register_fake

@@ -1,9 +1,8 @@
-"""How the launches of the prepared W4A8 kernel are cut up. `benchmarks/w4a8.py --search` finds out; see docs/w4a8.md for
-what of it has been measured.
-"""
+"""How the launches of the prepared W4A8 kernels are cut up; `benchmarks/w4a8.py --search` finds out."""
 
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 
 import torch
 
@@ -11,6 +10,16 @@ EARLY = True  # a launch may start to fetch its weight while the kernel before i
 REGISTERS = 65536  # of a multiprocessor
 LOADER = 24  # registers of its threads
 GROUP = 128  # inputs: the least that share a scale
+
+
+def launch_registers(workers: int, residents: int) -> int:
+    """Registers per thread at launch, of so many crews and a loader, for so many programs to fit side by side."""
+    return min(REGISTERS // residents // (32 * (4 * workers + 4)) // 8 * 8, 248)
+
+
+def worker_registers(workers: int, residents: int) -> int:
+    """Registers per thread of a crew, once the loader has given up its own."""
+    return min((launch_registers(workers, residents) * (workers + 1) - LOADER) // workers // 8 * 8, 240)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +49,12 @@ class Block:
     @property
     def launch_registers(self) -> int | None:
         """Registers per thread at launch, for `residents` to fit; None for all that there are."""
-        return None if self.residents == 1 else min(REGISTERS // self.residents // (32 * self.warps) // 8 * 8, 248)
+        return None if self.residents == 1 else launch_registers(self.workers, self.residents)
 
     @property
     def worker_registers(self) -> int:
         """Registers per thread of a crew, once the loader has given up its own."""
-        each = self.launch_registers or min(REGISTERS // (32 * self.warps) // 8 * 8, 248)
-        return min((each * self.warps - LOADER * 4) // (4 * self.workers) // 8 * 8, 240)
+        return worker_registers(self.workers, self.residents)
 
     @property
     def shared_memory(self) -> int:
@@ -56,23 +64,77 @@ class Block:
         return self.stages * (step + 16) + self.block_m * tiles * 128
 
 
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A program has 32 outputs and all inputs, for at most `tokens` tokens; a step is `units` · 256 inputs.
+
+    `residents` fit side by side on a multiprocessor: those of a launch, and of the next one.
+    """
+
+    tokens: int
+    workers: int
+    units: int
+    stages: int
+    residents: int
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.workers + 4
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers per thread at launch, for `residents` to fit."""
+        return launch_registers(self.workers, self.residents)
+
+    @property
+    def worker_registers(self) -> int:
+        """Registers per thread of a crew, once the loader has given up its own."""
+        return worker_registers(self.workers, self.residents)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of the ring, and of what crews leave each other."""
+        step = self.units * (self.tokens * 2 * GROUP + 4096 + 128)
+        return self.stages * (step + 16) + self.workers * self.tokens * 512 + 8
+
+
+Tiling = Block | Folded
+
 # at most so many tokens; the last is for more, too
-TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-WIDE = 16384  # outputs from which on blocks alone fill an H200
-DECODED = 512  # tokens from which on code · scale is written out as int8 first
+TOKENS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+PROCESSORS = 132  # of an H200, for which the launches were found
+FULL = 0.8  # of the places in use: then programs take whole blocks, else they share out the steps
+MOST_SHARES = 6
 
 
-def choose(kind: str, tokens: int, outs: int) -> Block | None:
-    """What to launch for so many tokens and outputs; None for a weight that is decoded first."""
-    if tokens <= 8:
-        return Block(8, 1, 1, 4, 3, True, 3, 3) if outs >= WIDE else Block(8, 1, 1, 4, 4, True, 2, 2)
+def choose(kind: str, tokens: int, outs: int, ins: int, group_size: int) -> Tiling:
+    """What to launch for so many tokens and a weight of that shape."""
+    tiles = ceil(outs / 64)
+    if tokens <= 8 and 2 * tiles <= PROCESSORS and group_size == GROUP:
+        if ins <= 8192:
+            return Folded(4 if tokens <= 4 else 8, 2, 1, 16, 2)
+        return Folded(4, 2, 2, 10, 2) if tokens <= 4 else Folded(8, 2, 2, 8, 2)
     if tokens <= 32:
-        return Block(16, 1, 1, 4, 2, True, 3, 3) if tokens <= 16 else Block(32, 2, 1, 2, 3, True, 2, 2)
+        block_m = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+        residents = 3 if tiles <= 3 * PROCESSORS else 4
+        if shares := min(residents * PROCESSORS // tiles, MOST_SHARES):
+            stages = {8: 7, 16: 5, 32: 4}[block_m] if residents == 3 else {8: 5, 16: 4, 32: 3}[block_m]
+            return Block(block_m, 1, 1, 2, stages, False, residents, residents, shares)
+        return Block(block_m, 1, 1, 2, {8: 5, 16: 4, 32: 3}[block_m], not fills(tiles, 4), 4, 4)
     if tokens <= 64:
-        return Block(64, 4, 1, 1, 7, True)
-    if kind != "weight":
-        return Block(128, 2, 1, 1, 7, tokens <= DECODED)
-    return Block(128, 2, 2, 1, 4, True) if tokens < DECODED else None
+        if tiles <= 3 * PROCESSORS:
+            return Block(64, 1, 1, 2, 2, not fills(tiles, 3), 3, 3)
+        return Block(64, 2, 1, 1, 5, not fills(ceil(tiles / 2), 2), 2, 2)
+    blocks_m = ceil(tokens / 128)
+    if kind == "weight" and fills(blocks_m * ceil(tiles / 4), 1):
+        return Block(128, 4, 1, 1, 4, False)
+    return Block(128, 2, 1, 2, 3, not fills(blocks_m * ceil(tiles / 2), 1))
+
+
+def fills(blocks: int, residents: int) -> bool:
+    """Whether so many blocks, a program each, keep the places for programs in use until the end."""
+    places = residents * PROCESSORS
+    return blocks >= FULL * places * ceil(blocks / places)
 
 
 def units_of(units: int, group_size: int, ins: int) -> int:

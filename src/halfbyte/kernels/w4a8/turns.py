@@ -46,10 +46,13 @@ def share_of(blocks, SHARED: tl.constexpr, SPLIT: tl.constexpr):
 def run_of(share, blocks, steps, each, SHARED: tl.constexpr, SPLIT: tl.constexpr):
     """Of the steps of all blocks in a row, a program's first, and where it ends."""
     if SPLIT > 1:
-        length = (steps - gl.minimum(steps // 4, 4)) // SPLIT
+        # the owner has three steps more than the others, who are then done when it adds up what they leave
+        own = gl.minimum((steps + gl.minimum(steps // 4, 3) * (SPLIT - 1)) // SPLIT, steps - (SPLIT - 1))
+        length = (steps - own) // (SPLIT - 1)
+        longer = (steps - own) % (SPLIT - 1)
         first = gl.program_id(0) % blocks * steps
-        begin = first + gl.where(share == 0, 0, steps - length * share)
-        end = first + steps - gl.where(share == 0, length * (SPLIT - 1), length * (share - 1))
+        begin = first + gl.where(share == 0, 0, own + (share - 1) * length + gl.minimum(share - 1, longer))
+        end = first + own + share * length + gl.minimum(share, longer)
     else:
         begin = share * each
         end = blocks * steps
