@@ -12,6 +12,7 @@ import typer
 
 from halfbyte.cli import app
 from halfbyte.errors import RecipeError
+from halfbyte.kernels.w4a8 import tilings as w4a8_tilings
 from halfbyte.kernels.w4a16 import tilings
 from halfbyte.numerics import ranges
 from halfbyte.recipe import Recipe, shipped
@@ -110,17 +111,7 @@ def test_the_anatomy_shows_every_field_of_a_recipe():
 
 
 WITHOUT_ROWS: set[str] = {
-    "wkvquant-w4a8kv4",
-    "qoq-w4a8kv4",
-    "omniquant-w4a16",
-    "omniquant-w3a16",
     "omniquant-w4a4",
-    "dgq-w4a8",
-    "wkvquant-kv4",
-    "wkvquant-w4kv4",
-    "integer-scale-w4a8-quarot",
-    "integer-scale-llama3",
-    "quarot-w4a4kv4",
 }
 """Recipes that quality.json does not have yet."""
 
@@ -162,6 +153,22 @@ def test_figures_in_sentences_are_measured_ones(page):
     assert told <= {QUALITY[figure](row) for figure in ("perplexity", "KL", "bits/weight") for row in rows}
 
 
+@pytest.mark.parametrize(("page", "files"), [
+    ("omniquant.md", ["reconstruction.json", "quality.json"]),
+    ("reconstruction.md", ["reconstruction.json", "quality.json"]),
+    ("wkvquant.md", ["kv_cache.json", "quality.json"]),
+])  # fmt: skip
+def test_perplexities_and_second_copies_are_measured_ones(page, files):
+    rows = [row for name in files for row in measured(name)["rows"]]
+    figures = {
+        f"{row[key]:.2f}" for row in rows for key in row if key.startswith("perplexity") and row[key] is not None
+    }
+    figures |= {f"{row['second_copy']:.3f}" for row in rows if row.get("second_copy") is not None}
+    told = re.findall(r"(?<![\d.])(?:\d\d\.\d\d|[1-9]\.\d{3})(?!\.?\d)", (ROOT / "docs" / page).read_text())
+    assert told
+    assert set(told) <= figures
+
+
 def test_the_range_searches_are_as_the_page_says():
     text = (ROOT / "docs" / "rtn.md").read_text()
     assert f"of {ranges.MSE_STEPS} ranges, from the whole one down towards {ranges.SMALLEST_SHRINK} of it" in text
@@ -179,6 +186,45 @@ def test_the_table_of_the_kernel_holds_the_measured_times():
         of_weight[str(row["tokens"])] = f"{row['halfbyte']:.1f} ({row['speedup']:.2f})"
     assert found == list(cells.values())
     assert all(row["tiling"] == repr(tilings.choose(row["tokens"], row["outs"])) for row in measured_rows)
+
+
+def test_the_table_of_the_w4a8_kernels_holds_the_measured_times_of_what_they_launch():
+    text = (ROOT / "docs" / "w4a8.md").read_text()
+    (found,) = [rows for rows in tables(text) if {"kind", "out × in", "1024"} <= rows[0].keys()]
+    times = {}
+    for row in measured("w4a8_h200.json")["rows"]:
+        times[row["kind"], f"{row['outs']} × {row['ins']}", row["tokens"], row["tiling"]] = row["microseconds"]
+    told = 0
+    for row in found:
+        kind, name = row["kind"].strip("`"), row["out × in"]
+        for tokens in (1, 16, 32, 64, 128, 256, 1024):
+            if kind != "fp8" and row[str(tokens)] != "–":
+                outs, ins = map(int, name.split(" × "))
+                tiling = w4a8_tilings.choose(kind, tokens, outs, ins, 128)
+                assert row[str(tokens)].split()[0] == f"{times[kind, name, tokens, repr(tiling)]:.1f}"
+                told += 1
+    assert told > 40
+
+
+def test_the_tables_of_experts_hold_the_measured_times():
+    run = measured("experts_h200.json")
+    beside, apart = [rows for rows in tables((ROOT / "docs" / "experts.md").read_text()) if "tokens" in rows[0]]
+    names = {"bf16": "loop", "W4A16": "w4a16", "bound": "bound"}
+    names |= {f"`{kind}`": f"{kind}_scales" for kind in ("float", "integer", "weight")}
+    assert [int(row["tokens"]) for row in beside] == [row["tokens"] for row in run["rows"]]
+    for told, row in zip(beside, run["rows"], strict=True):
+        assert {name: told[name] for name in names} == {name: f"{row[key]:.1f}" for name, key in names.items()}
+        assert told["bf16 / `integer`"] == f"{row['loop'] / row['integer_scales']:.2f}"
+        assert row["loop"] == min(row[peer] for peer in ("loop", "grouped", "transformers", "transformers_eager"))
+    for told in apart:
+        best = {
+            kind: min((r["microseconds"] for r in run["search"] if (r["kind"], str(r["tokens"])) == (kind, told["tokens"])),
+                      default=float("inf"))
+            for kind in ("half", "integer", "weight")
+        }  # fmt: skip
+        cells = {kind: f"{taken:.1f}".replace("inf", "–") for kind, taken in best.items()}
+        assert [told[name] for name in ("W4A16", "`integer`", "`weight`")] == list(cells.values())
+        assert told["W4A16 / best"] == f"{best['half'] / min(best['integer'], best['weight']):.2f}"
 
 
 def test_the_tables_of_runs_hold_the_measured_times():

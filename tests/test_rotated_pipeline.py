@@ -15,7 +15,7 @@ from halfbyte.models.tables import ARCHITECTURES
 from halfbyte.pipeline import dry_run
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.load import load, load_model
-from halfbyte.runtime.online import has_rotation
+from halfbyte.runtime.online import rotation_of
 from test_pipeline import contents, recipe, run, save_model
 from tiny_models import CONFIGURATIONS, tokens
 
@@ -101,7 +101,7 @@ def test_what_runs_online_runs_in_transformers_with_our_quantizer(tmp_path):
     source = save_model(tmp_path / "float")
     run(source, tmp_path / "out", recipe(ONLINE, RTN, bits=8), calibration=None)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert has_rotation(theirs.model.layers[1].mlp.down_proj)
+    assert rotation_of(theirs.model.layers[1].mlp.down_proj) is not None
     with torch.no_grad():
         found = theirs(input_ids=tokens(2, 20)).logits
     assert_close(found, answers(tmp_path / "out"), rounding_steps=64)
@@ -158,14 +158,16 @@ def test_a_rotation_is_not_done_while_a_model_is_loaded(tmp_path):
         load(source, recipe=recipe(FOLDED, RTN), device="cpu")
 
 
-def test_fused_layers_refuse_online_rotations(tmp_path):
+def test_fused_layers_rotate_online(tmp_path):
     source = save_model(tmp_path / "float", intermediate_size=64)
     weights = {"bits": 8, "convention": "odyssey", "granularity": {"kind": "channel"}}
     what = recipe(FOLDED | {"online": ["down"]}, RTN, scheme={"weights": weights, "activations": INPUTS})
     run(source, tmp_path / "out", what, calibration=None)
+    right = answers(tmp_path / "out")
     model, _ = load(tmp_path / "out", device="cpu")
-    with pytest.raises(ModelError, match=r"down_proj reads its input rotated at run time"):
-        fuse(model)
+    fuse(model)
+    with torch.no_grad():
+        assert relative_error(model(input_ids=tokens(2, 20)).logits, right) < 1e-2
 
 
 def test_the_dry_run_counts_the_head_that_is_no_longer_tied(tmp_path):

@@ -38,6 +38,10 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.cells, self.dtype, self.at, (*self.views, lambda value: tl.permute(value, order)))
 
+    def reshape(self, shape: tuple[Any, ...]) -> "Shared":
+        view = (*self.views, lambda value: tl.reshape(value, [whole(size) for size in shape]))
+        return Shared(self.cells, self.dtype, self.at, view)
+
     def slice(self, start: Any, length: Any, dim: Any) -> "Shared":
         start, length = whole(start), whole(length)
 

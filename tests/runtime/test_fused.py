@@ -18,11 +18,13 @@ from halfbyte.runtime import fused_layers
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import QuantizedLinear
+from halfbyte.runtime.online import add_rotations
 from halfbyte.scheme import (
     ActivationFormat,
     Convention,
     FloatScale,
     IntegerScale,
+    OnlineHadamard,
     OutlierSplit,
     PerChannel,
     PerGroup,
@@ -388,3 +390,30 @@ def test_planted_bugs_are_seen(variant, owner, name, bug, monkeypatch):
     model = quantized(variant)
     monkeypatch.setattr(owner, name, bug)
     assert relative_error(answers(fused(model)), answers(model)) > 2 * ROUNDING
+
+
+def rotated(model: Any, *suffixes: str) -> Any:
+    """Let these linears of every layer read their inputs rotated."""
+    paths = [path for path, _ in model.named_modules() if path.endswith(suffixes)]
+    add_rotations(model, {path: OnlineHadamard(size=model.get_submodule(path).in_features, seed=3) for path in paths})
+    return model
+
+
+@pytest.mark.parametrize("activations", [PER_TOKEN, STATIC], ids=str)
+@pytest.mark.parametrize(("variant", "ends"), [("llama", ("o_proj", "down_proj")), ("gpt_neox", ("dense_4h_to_h",))])
+def test_what_is_rotated_at_run_time_is_rotated_in_fused_layers(variant, ends, activations):
+    model = rotated(quantized(variant, activations), *ends)
+    assert relative_error(answers(fused(model)), answers(model)) <= ROUNDING
+    assert relative_error(answers(fused(model)), answers(quantized(variant, activations))) > 0.1
+
+
+def test_where_weights_alone_are_quantized_inputs_are_rotated_too():
+    format = WeightFormat(granularity=PerGroup(size=8), scale=FloatScale(dtype="float32"))
+    model = rotated(weight_only("llama", format), "o_proj", "down_proj")
+    assert relative_error(answers(fused(model)), answers(model)) <= 1e-6
+
+
+def test_rotated_inputs_of_joined_linears_are_refused():
+    model = rotated(quantized("llama"), "up_proj")
+    with pytest.raises(ModelError, match=r"up_proj of model\.layers\.0 read their input rotated"):
+        fuse(model)

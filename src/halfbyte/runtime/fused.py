@@ -21,7 +21,7 @@ from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.runtime.fused_layers import Columns, FusedLinears, Linear, bert, gpt_neox, llama
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import UNPREPARED, QuantizedLinear
-from halfbyte.runtime.online import has_rotation
+from halfbyte.runtime.online import rotation_of
 from halfbyte.scheme import PerChannel, PerTensor
 
 
@@ -109,6 +109,11 @@ def _check(path: str, layer: nn.Module, parts: Parts) -> None:
             raise ModelError(f"{path}.{name} {obstacle}")
     for names in (reads, parts.up):
         linears = _linears(layer, names)
+        if any(rotation_of(linear) is not None for linear in linears):
+            raise ModelError(
+                f"{', '.join(names)} of {path} read their input rotated at run time, which only output linears can when "
+                "they are fused: load without fusing"
+            )
         if len({_kind(linear) for linear in linears}) > 1:
             raise ModelError(
                 f"{', '.join(names)} of {path} are not of one format, and are fused to one weight: give them the same "
@@ -134,8 +139,6 @@ def _obstacle(linear: nn.Module) -> str | None:
     """Why a linear cannot be part of a fused layer, with the remedy; None where it can."""
     if not isinstance(linear, Linear):
         return f"is a {type(linear).__name__}: quantize it, or load without fusing"
-    if has_rotation(linear):
-        return "reads its input rotated at run time: quantize with `online: []`, or load without fusing"
     if linear.kernel == UNPREPARED:
         return "is not prepared: call prepare with the dtype of the activations"
     if isinstance(linear, QuantizedLinear):

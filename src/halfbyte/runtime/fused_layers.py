@@ -34,6 +34,7 @@ from halfbyte.runtime.codes import Codes
 from halfbyte.runtime.even_cache import attend, attends_in_one
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import QuantizedLinear
+from halfbyte.runtime.online import rotation_of
 
 Linear = IntegerLinear | QuantizedLinear
 
@@ -143,12 +144,14 @@ def finds_scales(linear: Linear) -> bool:
 
 
 def of_tokens(x: Float[Tensor, "tokens in"], linear: Linear) -> Read:
-    """x as `linear` reads it."""
+    """x as `linear` reads it; rotated, where its weight expects that."""
     if isinstance(linear, QuantizedLinear):
-        return x
+        return x  # its own hook rotates
+    rotation = rotation_of(linear)
     if linear.input_scale is not None:
+        x = x if rotation is None else rotation(x)
         return Codes(quantize_static(x, linear.input_scale), linear.input_scale[None], None)
-    return of_found(quantize_tokens(x))
+    return of_found(quantize_tokens(x)) if rotation is None else rotation.codes(x)
 
 
 def after_rms_norm(
@@ -171,7 +174,7 @@ def after_layer_norm(norm: Any, x: Float[Tensor, "tokens in"], linear: Linear) -
 
 def after_gate(mlp: Any, inner: Float[Tensor, "tokens gates_and_ups"], linear: Linear) -> Read:
     """act(gate) · up as `linear` reads it. `mlp`: the model's own, between stand-ins."""
-    if not finds_scales(linear) or type(mlp.act_fn).__name__ not in SILU:
+    if not finds_scales(linear) or rotation_of(linear) is not None or type(mlp.act_fn).__name__ not in SILU:
         return of_tokens(mlp(inner), linear)
     return of_found(silu_mul_quantize(inner))
 
@@ -179,6 +182,6 @@ def after_gate(mlp: Any, inner: Float[Tensor, "tokens gates_and_ups"], linear: L
 def after_activation(activation: nn.Module, mlp: nn.Module, inner: Float[Tensor, "tokens in"], linear: Linear) -> Read:
     """activation(inner) as `linear` reads it. `mlp`: the model's own module around it, between stand-ins."""
     approximate = GELU.get(type(activation).__name__)
-    if not finds_scales(linear) or approximate is None:
+    if not finds_scales(linear) or rotation_of(linear) is not None or approximate is None:
         return of_tokens(mlp(inner), linear)
     return of_found(gelu_quantize(inner, approximate=approximate))

@@ -35,6 +35,7 @@ from halfbyte.numerics.quantized import QuantizedWeight
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.cache_plan import attach_cache, stored_plan
 from halfbyte.runtime.embedding import replace_tables
+from halfbyte.runtime.experts import join_experts
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import QuantizedLinear
@@ -123,6 +124,7 @@ def load_model(
         paths = quantize_linears(bones, files, Recipe.load(recipe), place, dtype)
         model = completed(bones, files, paths, place, dtype)
         replace_tables(model, rounded_tables(bones, Recipe.load(recipe)), dtype)
+        join_experts(model)
         return model
     if quantization := quantization_of(folder):
         bones = skeleton(folder, trust_remote_code=trust_remote_code)
@@ -214,6 +216,7 @@ def _load_quantized(
     model = completed(bones, files, formats, device, dtype)
     replace_tables(model, _tables(quantization, bones, files), dtype)
     add_rotations(model, rotated_inputs(quantization, bones))
+    join_experts(model)
     attach_cache(model, stored_plan(model, quantization, bones.disk_path, files))
     return model
 

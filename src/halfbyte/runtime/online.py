@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from halfbyte.kernels.hadamard import hadamard
+from halfbyte.kernels.hadamard import hadamard, hadamard_quantize
 from halfbyte.numerics.rotation import online_rotation
+from halfbyte.runtime.codes import Codes
 from halfbyte.scheme import OnlineHadamard
 
 CHILD = "online_hadamard"
@@ -45,6 +46,11 @@ class OnlineRotation(nn.Module):
     def forward(self, x: Float[Tensor, "*leading n"]) -> Float[Tensor, "*leading n"]:
         return hadamard(x, self.core, self.signs)
 
+    def codes(self, x: Float[Tensor, "tokens n"]) -> Codes:
+        """x rotated, each token as symmetric 8-bit codes, in one pass."""
+        codes, scales = hadamard_quantize(x, self.core, self.signs)
+        return Codes(codes, scales[:, None], None)
+
 
 def add_rotations(model: nn.Module, online: Mapping[str, OnlineHadamard]) -> None:
     """Let these linears, by path, read their inputs rotated. Edits in place."""
@@ -55,9 +61,10 @@ def add_rotations(model: nn.Module, online: Mapping[str, OnlineHadamard]) -> Non
         linear.register_forward_pre_hook(_rotated)
 
 
-def has_rotation(linear: nn.Module) -> bool:
-    """Whether the linear's input is rotated at run time."""
-    return isinstance(getattr(linear, CHILD, None), OnlineRotation)
+def rotation_of(linear: nn.Module) -> OnlineRotation | None:
+    """What rotates the linear's input at run time."""
+    found = getattr(linear, CHILD, None)
+    return found if isinstance(found, OnlineRotation) else None
 
 
 def _rotated(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
