@@ -126,3 +126,10 @@ def test_joined_experts_are_one_graph_for_torch_compile(folder) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     weights = torch.rand(3, 2)
     assert torch.equal(compiled(x, index, weights), module(x, index, weights))
+
+
+@pytest.mark.parametrize("folder", [JOINED["mixtral W4A8"]], ids=["mixtral"], indirect=True)
+@pytest.mark.usefixtures("_hopper")
+def test_joined_experts_are_not_saved_as_if_they_were_a_checkpoint(folder) -> None:
+    with pytest.raises(WeightError, match=r"layers\.0.*laid out for running.*copy the folder"):
+        load_model(folder, device="cpu", dtype=torch.bfloat16).state_dict()

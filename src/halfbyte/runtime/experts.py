@@ -57,6 +57,12 @@ class JoinedExperts(nn.Module):
     def extra_repr(self) -> str:
         return f"kernel={self.kernel}"
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:  # noqa: ARG002
+        raise WeightError(
+            f"{prefix.removesuffix('.')} holds experts laid out for running, not the checkpoint's tensors: copy the folder "
+            "that the model was loaded from, or load it on a CPU to save it"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JoinedExperts":  # noqa: ARG002 - torch's
         """Move, and keep the dtypes: a cast would round scales."""
         for name, weight in self._weights.items():
