@@ -9,7 +9,7 @@ they are and as more queries per head. A kernel is first compared with the float
 row, and nothing is timed that disagrees. A time is the median over replays of a CUDA graph that goes through so many
 caches that together they exceed the L2 cache.
 
-`--search` tries several cuts at each point.
+`--search` tries several cuts at each point. `--before-rope`: keys are stored before RoPE, shifted and scaled.
 """
 
 import argparse
@@ -53,6 +53,14 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+TURNING = (
+    Cut(1, 32, 1, 4, 0),
+    Cut(1, 32, 2, 3, 0),
+    Cut(1, 32, 2, 4, 0),
+    Cut(1, 16, 2, 4, 0),
+    Cut(1, 16, 4, 4, 0),
+    Cut(1, 16, 2, 4, 168),
+)
 KERNELS = (
     Cut(1, 64, 2, 2, 0),
     Cut(1, 64, 2, 3, 0),
@@ -70,6 +78,7 @@ class Point:
     kv_heads: int
     context: int
     batch: int
+    turned: bool = False  # keys are stored before RoPE
 
     @property
     def bytes(self) -> int:
@@ -102,6 +111,8 @@ class Case:
     last: Tensor
     key_now: Tensor
     value_now: Tensor
+    rotation: kv.KeyRotation | None = None
+    smoothing: kv.Smoothing = kv.NO_SMOOTHING
 
     @classmethod
     def of(cls, point: Point, seed: int) -> "Case":
@@ -119,28 +130,50 @@ class Case:
         now = (point.batch, point.kv_heads, DIM)
         last = torch.full((point.batch,), point.context, dtype=torch.int32, device=DEVICE)
         query = normal(point.batch, point.query_heads, DIM)
-        return cls(query, packed(), packed(), last, normal(*now), normal(*now))
+        case = cls(query, packed(), packed(), last, normal(*now), normal(*now))
+        if not point.turned:
+            return case
+        cos, sin = turns(torch.arange(point.context, device=DEVICE)).half()
+        cos, sin = (part.expand(point.batch, -1, -1).contiguous() for part in (cos, sin))
+        rotation = kv.KeyRotation(cos, sin, turns(torch.arange(cuts.NEAR, device=DEVICE)))
+        smoothing = kv.Smoothing(*(torch.rand(point.kv_heads, DIM, device=DEVICE, generator=g) + 0.5 for _ in range(4)))
+        return replace(case, rotation=rotation, smoothing=smoothing)
 
     def call(self, cut: Cut | None) -> Call:
         if cut is None:
             return lambda: kv.decode_attention(
-                self.query, self.keys, self.values, self.last, self.key_now, self.value_now
-            )
+                self.query, self.keys, self.values, self.last, self.key_now, self.value_now,
+                smoothing=self.smoothing, rotation=self.rotation,
+            )  # fmt: skip
         return lambda: kv.launch(
-            self.query, self.keys, self.values, self.last, self.key_now, self.value_now, None, None, kv.NO_SMOOTHING,
-            DIM**-0.5, cut,
+            self.query, self.keys, self.values, self.last, self.key_now, self.value_now, None, None, self.smoothing,
+            DIM**-0.5, cut, self.rotation,
         )  # fmt: skip
 
     def rows(self, rows: list[int]) -> "Case":
         def of(tokens: kv.PackedTokens) -> kv.PackedTokens:
             return kv.PackedTokens(*(part[rows] for part in tokens if part is not None))
 
+        turned = self.rotation
+        if turned is not None:
+            turned = turned._replace(cos=turned.cos[rows], sin=turned.sin[rows])
         return Case(
-            self.query[rows], of(self.keys), of(self.values), self.last[rows], self.key_now[rows], self.value_now[rows]
-        )
+            self.query[rows], of(self.keys), of(self.values), self.last[rows], self.key_now[rows], self.value_now[rows],
+            turned, self.smoothing,
+        )  # fmt: skip
 
     def expected(self) -> Tensor:
-        return reference.attention(self.query, self.keys, self.values, self.last, self.key_now, self.value_now)
+        return reference.attention(
+            self.query, self.keys, self.values, self.last, self.key_now, self.value_now, None, None, self.smoothing, None,
+            self.rotation,
+        )  # fmt: skip
+
+
+def turns(positions: Tensor) -> Tensor:
+    """Cosines and sines, [2, positions, DIM / 2]."""
+    half = DIM // 2
+    angles = positions[:, None].double() * 10000.0 ** (-torch.arange(half, device=DEVICE) / half)
+    return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def microseconds(calls: list[Call]) -> float:
@@ -213,7 +246,10 @@ def measure(point: Point, kernels: list[Cut] | None) -> Row | None:
     few = sorted({0, point.batch - 1})
     expected = cases[0].rows(few).expected()
     times: list[tuple[float, float, Cut]] = []
-    chosen = cuts.choose(point.batch * point.kv_heads, point.context, cuts.processors(torch.device(DEVICE, 0)))
+    chosen = cuts.choose(
+        point.batch * point.kv_heads, point.context, cuts.processors(torch.device(DEVICE, 0)),
+        point.query_heads // point.kv_heads, point.turned,
+    )  # fmt: skip
     for cut in [chosen] if kernels is None else candidates(point, kernels):
         error = relative_error(cases[0].call(cut)()[few], expected)
         if not error < TOLERANCE:
@@ -286,10 +322,10 @@ def check(query_heads: int, kv_heads: int, groups: int, bits: int) -> str | None
     return None if error < TOLERANCE else f"WRONG: {what}"
 
 
-def compile_one(job: tuple[Cut, int]) -> str | None:
+def compile_one(job: tuple[Cut, int, bool]) -> str | None:
     """Fill Triton's cache, on a small cache of keys. What went wrong, if anything."""
-    cut, kv_heads = job
-    case = Case.of(Point(32, kv_heads, 1024, 1), 0)
+    cut, kv_heads, turned = job
+    case = Case.of(Point(32, kv_heads, 1024, 1, turned), 0)
     try:
         error = relative_error(case.call(replace(cut, splits=2))(), case.expected())
     except (triton.runtime.errors.OutOfResources, RuntimeError) as cause:
@@ -297,9 +333,9 @@ def compile_one(job: tuple[Cut, int]) -> str | None:
     return None if error < TOLERANCE else f"WRONG: {cut}, {kv_heads} heads: {error}"
 
 
-def compiled(kernels: tuple[Cut, ...]) -> list[Cut]:
+def compiled(kernels: tuple[Cut, ...], turned: bool) -> list[Cut]:
     """Those that work, all compiled at once, beside the checks."""
-    jobs = [(cut, kv_heads) for cut in kernels for _, kv_heads in HEADS]
+    jobs = [(cut, kv_heads, turned) for cut in kernels for _, kv_heads in HEADS]
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
         checks = [pool.submit(check, *case) for case in CHECKS]
         failures = list(pool.map(compile_one, jobs, chunksize=1))
@@ -313,11 +349,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", action="store_true", help="try several cuts at each point")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--before-rope", action="store_true", help="keys are stored before RoPE")
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", category=UserWarning)  # of backends that refuse
     began = time.perf_counter()
-    kernels = compiled(KERNELS if options.search else KERNELS[:1])
+    known = TURNING if options.before_rope else KERNELS
+    kernels = compiled(known if options.search else known[:1], options.before_rope)
     print(f"{time.perf_counter() - began:.0f} s to check and compile", flush=True)
     if not options.search:
         kernels = None
@@ -332,7 +370,7 @@ def main() -> None:
     for query_heads, kv_heads in HEADS:
         for context in CONTEXTS:
             for batch in BATCHES:
-                row = measure(Point(query_heads, kv_heads, context, batch), kernels)
+                row = measure(Point(query_heads, kv_heads, context, batch, options.before_rope), kernels)
                 torch.cuda.empty_cache()
                 if row is None:
                     continue

@@ -67,11 +67,11 @@ ROWS = [
 ]
 
 
-def observed(pair: Any, text: Path, samples: int) -> list[CacheStatistics]:
+def observed(pair: Any, text: Path, samples: int, device: torch.device) -> list[CacheStatistics]:
     """What every layer of the float model writes into its cache on the calibration text."""
     model, tokenizer = pair
     tokens = calibration_tokens(text, tokenizer, samples=samples, length=512, seed=0, model=model)
-    blocks, device = list(model.model.layers), torch.device("cpu")
+    blocks = list(model.model.layers)
     stream = enter(model, blocks, tokens.batches(8), device, device)
     found = []
     for index, block in enumerate(blocks):
@@ -124,14 +124,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", nargs="+", help="only those whose name is given")
     options = parser.parse_args()
     known = json.loads(options.json.read_text())["rows"] if options.json.is_file() else []
     versions = {"halfbyte": halfbyte.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    device = platform.processor() or "cpu"
+    cuda = options.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else platform.processor() or "cpu"
     for model in options.models:
-        pair = load(model, device="cpu", dtype=torch.float32)
-        seen = observed(pair, options.calibration, options.samples)
+        pair = load(model, device=options.device, dtype=torch.float32)
+        seen = observed(pair, options.calibration, options.samples, torch.device(options.device))
         for row in ROWS:
             there = any(old["model"] == model.name and old["row"] == row.name for old in known)
             if there or (options.rows and row.name not in options.rows):

@@ -4,10 +4,11 @@
         --variants w3-rtn w3-mse w3-crr --json docs/measurements/reconstruction.json
     python benchmarks/reconstruction.py --time-block --variants paper cheaper --json docs/measurements/reconstruction.json
 
-Rows are added to the JSON file one by one and replace those of the same model and variant, so that a run can be cut into
-pieces. Calibration on 128 x 512 tokens, perplexity over the first 16 windows of 1024 tokens of the test text.
-`--time-block` times one block of Llama-2-7B's shape and random weights in bfloat16 on 128 x 2048 tokens, with four float
-blocks behind it, and says what 32 such blocks would take.
+Rows are added to the JSON file one by one and replace those of the same model, variant and calibration text, so that a run
+can be cut into pieces. Calibration on 128 x 512 tokens, perplexity over the first 16 windows of 1024 tokens of the test text
+and of the calibration text, through the cache where there is one; then the second copy of a passage too.
+`--time-block` times one block of Llama-2-7B's shape and random weights in bfloat16 on --samples x 2048 tokens, attending
+through a 4-bit cache, with four float blocks behind it, and says what 32 such blocks would take with 128 samples.
 """
 
 import argparse
@@ -21,18 +22,21 @@ from typing import Any
 import torch
 import transformers
 
+from halfbyte.calibration.past_only import BlockCache
 from halfbyte.calibration.walk import enter, linears
+from halfbyte.evaluation.long_context import long_context
 from halfbyte.evaluation.perplexity import evaluate
 from halfbyte.methods.contract import RoundedBlock
 from halfbyte.methods.omniquant import OmniQuant
 from halfbyte.methods.wkvquant import WKVQuant
 from halfbyte.models.fold import find_links
 from halfbyte.models.tables import architecture_of
+from halfbyte.numerics.cache import Smoothing
 from halfbyte.numerics.quantized import round_to_grid
 from halfbyte.numerics.ranges import find_grid
 from halfbyte.pipeline import quantize
 from halfbyte.runtime.load import load
-from halfbyte.scheme import Convention, FloatScale, PerGroup, WeightFormat
+from halfbyte.scheme import CacheFormat, Convention, FloatScale, PerGroup, WeightFormat
 
 RTN: dict[str, Any] = {"method": "rtn"}
 GPTQ: dict[str, Any] = {"method": "gptq", "ranges": "mse"}
@@ -56,7 +60,14 @@ CRR: dict[str, Any] = {"method": "wkvquant", "clip_rate": 2e-2}
 CHEAP = CRR | {"samples": 0.5, "epochs": 3, "stride": 2}
 AWQ: dict[str, Any] = {"method": "awq", "duo": True}
 LKD: dict[str, Any] = {"method": "lkd"}
+BOTH = CRR | {"learn": "both", "cache_rate": 2e-3}
+BLOCK_WISE = {"loss": "mse", "depth": 1}
+SEARCH = CRR | {"ratios": [0.7, 0.8, 0.9, 1.1], "samples": 0.125}
 CACHE = {"key_bits": 4, "value_bits": 4, "group_size": 128, "rope": "before"}
+SINKS_AND_WINDOW = {"sinks": 4, "window": 64}
+PRESENT = {"past_only": False}
+WKV: dict[str, Any] = {"method": "wkv"}
+DISTANCES = (64, 128, 256, 512, 960)
 
 # name: bits, fields of the weight format, of the inputs' format, steps
 VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]] = {
@@ -91,6 +102,18 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[
     "w3-crr-quarter": (3, {}, None, [NEAREST, CRR | {"samples": 0.25}]),
     "w3-crr-stride4": (3, {}, None, [NEAREST, CRR | {"stride": 4}]),
     "w3-crr-cheap": (3, {}, None, [NEAREST, CHEAP]),
+    "w3-search": (3, {}, None, [NEAREST, SEARCH]),
+    "w3-search-whole": (3, {}, None, [RTN, SEARCH | {"ratios": [0.5, 0.6, 0.7, 0.8, 0.9]}]),
+    "w3-search-mse": (3, {}, None, [NEAREST, SEARCH | BLOCK_WISE]),
+    "w3-crr-cheap-mae": (3, {}, None, [NEAREST, CHEAP | {"depth": 1, "stride": 1}]),
+    # 3 bits, rounding to nearest: more steps
+    "w3-mse-double": (3, {}, None, [NEAREST, CRR | BLOCK_WISE | {"epochs": 10}]),
+    "w3-crr-double": (3, {}, None, [NEAREST, CRR | {"epochs": 10}]),
+    # 3 bits, the first block alone; the others stay float
+    "w3-nearest-block0": (3, {}, None, [NEAREST]),
+    "w3-mse-block0": (3, {}, None, [NEAREST, CRR | BLOCK_WISE]),
+    "w3-mae-block0": (3, {}, None, [NEAREST, CRR | {"depth": 1}]),
+    "w3-crr-block0": (3, {}, None, [NEAREST, CRR]),
     # 3 bits, GPTQ on the learned grids
     "w3-mse-gptq": (3, {}, None, [GPTQ, CRR | {"loss": "mse", "depth": 1, "finish": GPTQ}]),
     "w3-crr-gptq": (3, {}, None, [GPTQ, CRR | {"finish": GPTQ}]),
@@ -114,6 +137,42 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[
         4, ASYMMETRIC, None,
         [RTN, CRR | {"start": "paper", "clip_rate": 1e-2, "decay": False, "loss": "mse", "depth": 1}],
     ),
+    "w4kv4-both": (4, {}, None, [GPTQ, BOTH | {"finish": GPTQ}]),
+    "w4kv4-both-paper-rate": (4, {}, None, [GPTQ, BOTH | {"cache_rate": 5e-4, "finish": GPTQ}]),
+    "w4kv4-both-mse": (4, {}, None, [GPTQ, BOTH | BLOCK_WISE | {"finish": GPTQ}]),
+    "w4kv4-both-paper": (
+        4, ASYMMETRIC, None,
+        [RTN, CRR | {"learn": "both", "start": "paper", "clip_rate": 1e-2, "decay": False}],
+    ),
+    "w4kv4-both-cheap": (4, {}, None, [GPTQ, CHEAP | {"learn": "both", "cache_rate": 2e-3, "finish": GPTQ}]),
+    "w4kv4-search": (4, {}, None, [GPTQ, SEARCH | {"finish": GPTQ}]),
+    "w4kv4-gptaq": (4, {}, None, [GPTAQ]),
+    "w4kv4-both-gptaq": (4, {}, None, [GPTAQ, BOTH | {"finish": GPTAQ}]),
+    "w4kv4-awq-gptaq": (4, {}, None, [AWQ, GPTAQ]),
+    "w4kv4-awq-both-gptaq": (4, {}, None, [AWQ, GPTAQ, BOTH | {"finish": GPTAQ}]),
+    "w4kv4-awq-cache-gptaq": (4, {}, None, [AWQ, GPTAQ, BOTH | {"learn": "cache"}]),
+    "w4kv4-moves-cache-gptaq": (4, {}, None, [GPTAQ, MOVES | {"finish": GPTAQ}, BOTH | {"learn": "cache"}]),
+    # likewise with sinks and a window, as the recipes have it
+    "w4kv4-window-gptq": (4, {}, None, [GPTQ]),
+    "w4kv4-window-both": (4, {}, None, [GPTQ, BOTH | {"finish": GPTQ}]),
+    "w4kv4-window-awq-gptaq": (4, {}, None, [AWQ, GPTAQ]),
+    "w4kv4-window-awq-both-gptaq": (4, {}, None, [AWQ, GPTAQ, BOTH | {"finish": GPTAQ}]),
+    # a 4-bit cache and float weights
+    "kv4": (0, {}, None, []),
+    "kv4-learned": (0, {}, None, [BOTH | {"learn": "cache"}]),
+    "kv4-learned-paper-rate": (0, {}, None, [BOTH | {"learn": "cache", "cache_rate": 5e-4}]),
+    "kv4-learned-fast": (0, {}, None, [BOTH | {"learn": "cache", "cache_rate": 1e-2}]),
+    "kv4-learned-mse": (0, {}, None, [BOTH | BLOCK_WISE | {"learn": "cache"}]),
+    "kv4-window-learned": (0, {}, None, [BOTH | {"learn": "cache"}]),
+    # what each of three ideas brings: the past alone is quantized, two dimensions, cross-block reconstruction
+    "w4kv4-past-2d-crr": (4, {}, None, [GPTQ, BOTH | {"finish": GPTQ}]),
+    "w4kv4-past-2d-none": (4, {}, None, [GPTQ]),
+    "w4kv4-past-plain-crr": (4, {}, None, [GPTQ, CRR | {"finish": GPTQ}]),
+    "w4kv4-past-plain-none": (4, {}, None, [GPTQ]),
+    "w4kv4-present-2d-crr": (4, {}, None, [GPTQ, BOTH | {"finish": GPTQ}]),
+    "w4kv4-present-2d-none": (4, {}, None, [GPTQ]),
+    "w4kv4-present-plain-crr": (4, {}, None, [GPTQ, CRR | {"finish": GPTQ}]),
+    "w4kv4-present-plain-none": (4, {}, None, [GPTQ]),
     # 4-bit inputs
     "w4a4-rtn": (4, {}, A4, [RTN]),
     "w4a4-smoothquant": (4, {}, A4, [SMOOTH, RTN]),
@@ -127,11 +186,13 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[
     "w4a4-moves-gptq": (4, {}, A4, [SMOOTH | {"alpha": "search"}, GPTQ, MOVES | {"finish": GPTQ}]),
 }  # fmt: skip
 
+PAPER = WKVQuant(learn="both", start="paper", decay=False)
 BLOCKS: dict[str, OmniQuant | WKVQuant] = {
-    "paper": WKVQuant(start="paper", decay=False),
-    "cheaper": WKVQuant(samples=0.5, epochs=3, stride=2),
-    "cheapest": WKVQuant(samples=0.25, epochs=4, stride=4),
-    "block-wise": WKVQuant(depth=1),
+    "paper": PAPER,
+    "cheaper": WKVQuant(learn="both", samples=0.5, epochs=3, stride=2),
+    "cheapest": WKVQuant(learn="both", samples=0.25, epochs=4, stride=4),
+    "block-wise": WKVQuant(learn="both", depth=1),
+    "search": WKVQuant(ratios=(0.7, 0.8, 0.9, 1.1), samples=0.125),
     "omniquant-5-epochs": OmniQuant(links="all"),
 }
 
@@ -142,10 +203,14 @@ def recipe(variant: str, epochs: float | None) -> dict[str, Any]:
     group = {"kind": "group", "size": 128}
     if epochs is not None:
         steps = [step | ({"epochs": epochs} if step["method"] in ("omniquant", "wkvquant") else {}) for step in steps]
-    scheme = {"weights": {"bits": bits, "granularity": group} | weights, "activations": activations}
+    format = {"bits": bits, "granularity": group} | weights if bits else None
+    scheme: dict[str, Any] = {"weights": format, "activations": activations}
     if "kv4" in variant:
-        return {"scheme": scheme | {"cache": CACHE}, "steps": [*steps, {"method": "wkv"}]}
-    return {"scheme": scheme, "steps": steps}
+        scheme["cache"] = CACHE | (SINKS_AND_WINDOW if "window" in variant else {})
+        scheme["cache"] |= PRESENT if "present" in variant else {}
+        steps = steps if "plain" in variant else [*steps, WKV]
+    ignored = ["lm_head", "*.layers.[1-9]*"] if "block0" in variant else ["lm_head"]
+    return {"scheme": scheme, "steps": steps, "ignore": ignored}
 
 
 def measure(model: Path, variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -159,10 +224,22 @@ def measure(model: Path, variant: str, options: argparse.Namespace) -> dict[str,
             length=512, device=options.device, dtype=options.dtype,
         )  # fmt: skip
         quantized = load(output, device=options.evaluate_on, dtype=torch.float32)
-        found = evaluate(quantized, text=options.text, window=1024, limit_windows=options.windows)
+        original = load(model, device=options.evaluate_on, dtype=torch.float32)
+        texts = [options.text] if options.test_only else [options.text, options.calibration]
+        found, *seen = [
+            evaluate(quantized, against=original, text=text, window=1024, limit_windows=options.windows)
+            for text in texts
+        ]
+        far = None
+        if "kv4" in variant and not options.test_only:
+            far = long_context(quantized, text=options.text, distances=DISTANCES, sequences=2)
     return {
-        "model": model.name, "variant": variant, "perplexity": found.perplexity, "seconds": round(report.seconds, 1),
-        "samples": options.samples, "windows": options.windows, "epochs": options.epochs,
+        "model": model.name, "variant": variant, "calibration": options.calibration.stem,
+        "perplexity": found.perplexity, "kl_mean": found.kl_mean,
+        "perplexity_on_calibration": seen[0].perplexity if seen else None,
+        "kl_mean_on_calibration": seen[0].kl_mean if seen else None,
+        "second_copy": far and far.mean, "worst_head": far and far.worst_head,
+        "seconds": round(report.seconds, 1), "samples": options.samples, "windows": options.windows, "epochs": options.epochs,
         "peak_device_gb": round(report.peak_device / 1e9, 2),
     }  # fmt: skip
 
@@ -191,9 +268,12 @@ def seven_billion(options: argparse.Namespace) -> tuple[RoundedBlock, dict[str, 
     table = architecture_of("llama")
     assert table is not None
     heads = config.num_attention_heads, config.num_attention_heads, 128
+    zeros = torch.zeros(config.num_attention_heads, 128, device=device)
+    smoothing = Smoothing(zeros, zeros + 1, zeros, zeros + 1)
     rounded = RoundedBlock(
         0, block, blocks[0], weights, {}, stream, stream.copy(),
         links=lambda: find_links(block, table, *heads), following=lambda count: blocks[1 : 1 + count],
+        cache=BlockCache(CacheFormat.model_validate(CACHE), 0, 32, smoothing),
     )  # fmt: skip
     return rounded, quantized
 
@@ -213,17 +293,18 @@ def time_block(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     return {
         "model": "one Llama-2-7B block", "variant": variant, "block_seconds": round(seconds, 1),
-        "minutes_for_32_blocks": round(32 * seconds / 60, 1), "samples": options.samples, "length": options.length,
+        "minutes_for_32_blocks": round(32 * seconds * 128 / options.samples / 60, 1),
+        "samples": options.samples, "length": options.length,
         "hidden": options.hidden, "settings": BLOCKS[variant].model_dump(mode="json"),
         "peak_device_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if cuda else None,
     }  # fmt: skip
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Write the row into the file, in place of one of the same model and variant."""
+    """Write the row into the file, in place of one of the same model, variant and calibration text."""
     row["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [old for old in rows if (old["model"], old["variant"]) != (row["model"], row["variant"])]
+    kept = [old for old in rows if any(old.get(key) != row.get(key) for key in ("model", "variant", "calibration"))]
     path.write_text(json.dumps({"rows": [*kept, row]}, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(row), flush=True)
 
@@ -242,6 +323,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of calibration passes")
     parser.add_argument("--evaluate-on", default="cpu")
+    parser.add_argument("--test-only", action="store_true", help="nothing but perplexity and KL on the test text")
     parser.add_argument("--time-block", action="store_true")
     parser.add_argument("--length", type=int, default=2048, help="of the samples of --time-block")
     parser.add_argument("--hidden", type=int, default=4096, help="width of --time-block")

@@ -31,6 +31,13 @@ BOTH = {
     "steps": [{"method": "gptq"}, {"method": "wkv"}],
     "minimum_tokens": 1,
 }
+LEARNED = {
+    **ONLY_CACHE,
+    "steps": [
+        {"method": "wkvquant", "learn": "cache", "epochs": 20, "depth": 2, "cache_rate": 0.02},
+        {"method": "wkv"},
+    ],
+}
 TEXT = prose(400, seed=5)
 
 
@@ -119,8 +126,23 @@ def test_the_shift_finds_the_bias_of_the_keys(cached):
     assert float(torch.corrcoef(torch.stack([shift, bias]))[0, 1]) > 0.5
 
 
-def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
-    whole = quantized(tmp_path / "whole", BOTH)
+def cache_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= {name: tensor for name, tensor in load_file(path).items() if "cache_" in name}
+    return tensors
+
+
+def test_what_the_cache_learned_is_what_is_stored(tmp_path, cached):
+    found, learned = cache_tensors(cached), cache_tensors(quantized(tmp_path, LEARNED, "qwen2"))
+    assert found.keys() == learned.keys()
+    assert not any(torch.equal(found[name], learned[name]) for name in found)
+    assert all(float((found[name] - learned[name]).norm() / found[name].norm()) < 1 for name in found)
+
+
+@pytest.mark.parametrize("recipe", [BOTH, LEARNED], ids=["weights too", "learned"])
+def test_a_resumed_run_gives_the_same_bytes(recipe, tmp_path):
+    whole = quantized(tmp_path / "whole", recipe)
     source = tmp_path / "whole" / "source"
 
     def stop(done: int, _total: int, _what: str) -> None:
@@ -129,8 +151,8 @@ def test_a_resumed_run_gives_the_same_bytes(tmp_path, monkeypatch):
 
     arguments: dict[str, Any] = {"calibration": source / "text.txt", "samples": 4, "length": 24, "device": "cpu"}
     with pytest.raises(KeyboardInterrupt):
-        quantize(source, BOTH, tmp_path / "again", progress=stop, **arguments)
-    quantize(source, BOTH, tmp_path / "again", resume=True, **arguments)
+        quantize(source, recipe, tmp_path / "again", progress=stop, **arguments)
+    quantize(source, recipe, tmp_path / "again", resume=True, **arguments)
     for path in whole.glob("*.safetensors"):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte.huggingface  # noqa: F401 - registers the quantizer
 from closeness import assert_close, relative_error
+from halfbyte.cli.tables import inspection
 from halfbyte.errors import CheckpointError, FormatError, ModelError, RecipeError
 from halfbyte.layouts.convert import export
+from halfbyte.layouts.inspect import inspect
 from halfbyte.models.tables import ARCHITECTURES
 from halfbyte.pipeline import dry_run
 from halfbyte.runtime.fused import fuse
@@ -109,6 +111,19 @@ def test_what_runs_online_runs_in_transformers_with_our_quantizer(tmp_path):
     with torch.no_grad():
         again = load_model(tmp_path / "again", device="cpu")(input_ids=tokens(2, 20)).logits
     assert_close(again, found, rounding_steps=64)
+
+
+def test_inspect_tells_what_is_rotated_at_run_time(tmp_path):
+    source = save_model(tmp_path / "float")
+    run(source, tmp_path / "online", recipe(ONLINE, RTN, bits=8), calibration=None)
+    run(source, tmp_path / "folded", recipe(FOLDED, RTN, bits=8), calibration=None)
+    found = inspect(tmp_path / "online")
+    assert found.rotations is not None
+    assert sum(found.rotations.values()) == 4
+    assert all(name.startswith("h") for name in found.rotations)
+    told = "\n".join(str(part) for part in inspection(found).renderables)
+    assert "inputs at run time: h" in told
+    assert inspect(tmp_path / "folded").rotations is None
 
 
 def test_without_the_online_rotation_the_model_is_another(tmp_path):

@@ -3,7 +3,6 @@
 import copy
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from halfbyte.calibration.cache import observe_cache
-from halfbyte.calibration.past_only import attending_past_only
-from halfbyte.calibration.reconstruct import BlockContext
+from halfbyte.calibration.past_only import BlockCache
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import SharedInput, Stream, linears, observe, quantizing_inputs, shared_inputs
 from halfbyte.errors import CalibrationError, HalfbyteError, ModelError
@@ -21,7 +19,7 @@ from halfbyte.methods.rtn import RTN
 from halfbyte.models.fold import ResolvedLink, find_links
 from halfbyte.models.load import Skeleton
 from halfbyte.numerics.activations import InputQuantizer, calibrated
-from halfbyte.numerics.cache import NO_SMOOTHING, Smoothing, layer_coders
+from halfbyte.numerics.cache import Smoothing
 from halfbyte.numerics.certificate import TOKEN_INPUTS, strictest
 from halfbyte.numerics.error import output_snr, weight_snr
 from halfbyte.numerics.integer_scales import on_integer_grid, require_safe
@@ -80,6 +78,8 @@ class BlockQuantizer:
         """
         original = copy.deepcopy(block) if self.float_stream else None
         done: dict[str, Rounded] = {}
+        cached = self.recipe.scheme.cache
+        cache = None if cached is None else BlockCache(cached, index, len(self.skeleton.blocks))
         if self.stream is None or self.recipe.scheme.weights is None:
             inputs = {name: InputQuantizer(format) for name, format in activations.items()}
             for name in formats:
@@ -91,24 +91,27 @@ class BlockQuantizer:
             for shared, statistics in self._in_turn(index, block, original, seen):
                 for group in alike([name for name in shared if name in formats], formats):
                     done |= self._round(index, block, group, formats, activations, statistics)
-            self._refine(index, block, original, inputs, done)
+        self._refine(index, block, original, inputs, done, cache)
         if missing := sorted(formats.keys() - done.keys()):
             raise ModelError(f"block {index}: {', '.join(missing)} were to be quantized and were not")
         modules = {name: self._module(rounded, inputs.get(name)) for name, rounded in done.items()}
         for name, module in modules.items():
             linears(block)[name].weight.data.copy_(module.decode())
-        self._smooth_cache(index, block, inputs)
+        if cache is not None:
+            self._smooth(cache, index, block, inputs)
         self.step_over(index, block, original, inputs)
         return modules, [self._record(index, name, done[name], inputs.get(name)) for name in modules]
 
-    def _smooth_cache(self, index: int, block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> None:
-        """Let the recipe's step look at what the block, as it is stored, writes into its cache."""
-        step, format = self.recipe.smoothing, self.recipe.scheme.cache
-        if step is None or format is None or self.stream is None:
+    def _smooth(self, cache: BlockCache, index: int, block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> None:
+        """Let the recipe's step look at what the block, as it now is, writes into its cache; learned smoothing stays."""
+        step = self.recipe.smoothing
+        if step is None or self.stream is None:
             return
-        with quantizing_inputs(block, inputs):
-            seen = observe_cache(block, self.stream, index)
-        self.smoothing[index] = step.smooth(seen, format, index, len(self.skeleton.blocks))
+        if not cache.learned:
+            with quantizing_inputs(block, inputs):
+                seen = observe_cache(block, self.stream, index)
+            cache.smoothing = step.smooth(seen, cache.format, cache.layer, cache.layers)
+        self.smoothing[index] = cache.smoothing
 
     def step_over(
         self, index: int, block: nn.Module, original: nn.Module | None, inputs: Mapping[str, InputQuantizer]
@@ -242,18 +245,21 @@ class BlockQuantizer:
         original: nn.Module | None,
         inputs: Mapping[str, InputQuantizer],
         done: Mapping[str, Rounded],
+        cache: BlockCache | None,
     ) -> None:
-        """Let the recipe's refinements improve what was rounded. Edits the block's norms and biases, and `done`."""
+        """Let the recipe's refinements improve what was rounded. Edits the block's norms and biases, `done` and the cache."""
         if not self.recipe.refinements or original is None or self.stream is None or self.float_stream is None:
             return
         start = time.perf_counter()
+        if cache is not None:
+            self._smooth(cache, index, block, inputs)
         weights = {name: rounded.original for name, rounded in done.items() if rounded.original is not None}
         rounded_block = RoundedBlock(
             index, block, original, weights, inputs, self.stream, self.float_stream,
             seen={name: rounded.seen for name, rounded in done.items() if rounded.seen is not None},
             links=lambda: self._links(block),
             following=lambda count: self._following(index, count),
-            context=self._attending(index, block, inputs),
+            cache=cache,
         )  # fmt: skip
         for step in self.recipe.refinements:
             better = step.refine(rounded_block, {name: rounded.weight for name, rounded in done.items()})
@@ -270,16 +276,6 @@ class BlockQuantizer:
             rounded.weight_snr = weight_snr(weights[name], rounded.weight.decode())
             rounded.output_snr = _output_snr(weights[name], rounded.weight, rounded_block.seen.get(name))
             rounded.seconds += (time.perf_counter() - start) / len(done)
-
-    def _attending(self, index: int, block: nn.Module, inputs: Mapping[str, InputQuantizer]) -> BlockContext:
-        """How the block will attend: through the recipe's cache, as its step would smooth it for the block as it is now."""
-        format = self.recipe.scheme.cache
-        if format is None:
-            return lambda _block: nullcontext()
-        self._smooth_cache(index, block, inputs)
-        smoothing = self.smoothing.get(index, NO_SMOOTHING)
-        coders = layer_coders(format, index, len(self.skeleton.blocks), smoothing)
-        return lambda learning: attending_past_only(learning, coders, format)
 
     def _following(self, index: int, count: int) -> list[nn.Module]:
         """The next `count` blocks of the float model, fewer at its end."""

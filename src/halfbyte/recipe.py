@@ -17,6 +17,7 @@ from halfbyte import scheme
 from halfbyte.errors import RecipeError
 from halfbyte.methods import METHODS
 from halfbyte.methods.contract import CacheSmoothing, Refinement, Rotation, Rounding, Transform
+from halfbyte.methods.wkvquant import WKVQuant
 from halfbyte.scheme import ActivationFormat, Scheme, Value, WeightFormat
 
 Step = Annotated[reduce(or_, METHODS.values()), Field(discriminator="method")]
@@ -62,13 +63,17 @@ class Recipe(Value):
                     "steps go in this order: one rotation such as quarot, transforms such as awq, one rounding, "
                     "refinements such as lkd, and wkv for the cache"
                 )
-        elif others := [step.method for step in self.steps if not isinstance(step, CacheSmoothing)]:
+        elif others := [step.method for step in self.steps if not _only_smooths(step)]:
             raise ValueError(
                 f"without `scheme.weights` there is nothing to do for {', '.join(others)}: give the format"
             )
         smoothing = [step.method for step in self.steps if isinstance(step, CacheSmoothing)]
         if len(smoothing) > 1 or (smoothing and self.scheme.cache is None):
             raise ValueError(f"{smoothing[0]} smooths one quantized cache: give `scheme.cache`, and the step once")
+        if not smoothing and any(isinstance(step, WKVQuant) and step.learn != "clipping" for step in self.steps):
+            raise ValueError(
+                "wkvquant learns the cache's shifts and scales from those that are found: add the step wkv"
+            )
         return self
 
     @property
@@ -182,6 +187,11 @@ def shipped() -> list[str]:
 def recipes() -> dict[str, str]:
     """The shipped recipes: name -> what it is for."""
     return {name: Recipe.load(name).summary for name in shipped()}
+
+
+def _only_smooths(step: Any) -> bool:
+    """Whether a step leaves weights alone."""
+    return isinstance(step, CacheSmoothing) or (isinstance(step, WKVQuant) and step.learn == "cache")
 
 
 def _shipped_text(name: str) -> str:

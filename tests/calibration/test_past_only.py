@@ -5,7 +5,7 @@ import torch
 
 from closeness import relative_error
 from halfbyte.calibration import past_only
-from halfbyte.calibration.past_only import attending_past_only
+from halfbyte.calibration.past_only import BlockCache, LearnedSmoothing, attending_past_only
 from halfbyte.calibration.walk import enter
 from halfbyte.models.tables import architecture_of
 from halfbyte.numerics.cache import Smoothing
@@ -71,6 +71,52 @@ def test_gradients_pass_to_keys_and_values_and_all_is_undone():
     with torch.no_grad():
         assert torch.equal(stream.run(block, 0, 0), exact)
     assert past_only.STATE not in block.self_attn.__dict__
+
+
+def test_learning_begins_with_what_was_found():
+    start = smoothing(2, 8)
+    learned = LearnedSmoothing.of(start).settled()
+    for name in ("key_shift", "key_scale", "value_shift", "value_scale"):
+        assert torch.equal(getattr(learned, name), getattr(start, name))
+        assert not getattr(learned, name).requires_grad
+
+
+def test_one_rate_suits_quiet_and_loud_channels():
+    """A step of the learned numbers moves a scale by a part of itself, and a shift by a part of the scale."""
+    start = smoothing(2, 8)
+    learned = LearnedSmoothing.of(start)
+    for tensor in learned.tensors:
+        tensor.data += 0.01
+    found = learned.settled()
+    for side in ("key", "value"):
+        scale = getattr(start, f"{side}_scale")
+        torch.testing.assert_close(
+            getattr(found, f"{side}_scale") / scale, torch.full_like(scale, 1.01005), rtol=1e-4, atol=0
+        )
+        moved = getattr(found, f"{side}_shift") - getattr(start, f"{side}_shift")
+        torch.testing.assert_close(moved / scale, torch.full_like(scale, 0.01), rtol=1e-2, atol=0)
+
+
+def test_tied_keys_do_not_learn():
+    start = Smoothing(None, torch.ones(2, 8), torch.zeros(2, 8), torch.ones(2, 8))
+    learned = LearnedSmoothing.of(start)
+    assert learned.factors.keys() == learned.moves.keys() == {"value"}
+    assert learned.smoothing().key_scale is start.key_scale
+
+
+def test_slopes_reach_shifts_and_scales_through_attention():
+    model = tiny("llama")
+    block = model.model.layers[0]
+    stream = enter(model, list(model.model.layers), [tokens(2, TOKENS)], CPU, CPU)
+    exact = stream.run(block, 0, 0)
+    cache = BlockCache(named_format("int3-prerope-s1"), 0, 2, smoothing(2, 8))
+    learned = LearnedSmoothing.of(cache.smoothing)
+    with cache.attending(block, learned.smoothing()):
+        answer = stream.run(block, 0, 0)
+    (answer - exact).square().sum().backward()
+    assert all(tensor.grad.abs().amax(dim=1).min() > 0 for tensor in learned.tensors), "every head learns"
+    with cache.attending(block):
+        assert torch.equal(stream.run(block, 0, 0), answer)
 
 
 @pytest.mark.parametrize("bug", ["the diagonal is quantized too", "later tokens are seen", "rotation forgotten"])

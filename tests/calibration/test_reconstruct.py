@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfbyte.calibration.reconstruct import Learned, Reconstruction, Schedule, Targets
+from halfbyte.calibration.reconstruct import Choice, Learned, Reconstruction, Schedule, Targets
 from halfbyte.calibration.walk import Stream
 
 CPU = torch.device("cpu")
@@ -133,6 +133,23 @@ def test_the_context_holds_while_the_learning_block_computes_and_not_for_others(
     task.learn([Learned([step], 0.01)], Schedule(steps=2))
     assert seen
     assert all(seen)
+
+
+def test_choices_take_what_loses_least_one_after_the_other():
+    task, step = lesson()
+    step.requires_grad_(requires_grad=False)
+    other = torch.full((WIDTH,), 0.2)
+    weights = task.parameters
+    task.parameters = lambda: weights() | {"bias": task.block.bias + other}
+    steps, biases = ([torch.full_like(x, value)] for x, value in ((step, 0.1), (other, 0.0)))
+    worse = [torch.full_like(step, 2.0)]
+    before, after = task.choose([Choice([step], [worse, steps]), Choice([other], [biases])], batches=2)
+    assert after < before
+    assert torch.equal(step, steps[0])
+    assert torch.equal(other, biases[0])
+    assert after == pytest.approx(task.mean_loss(judged=2))
+    assert task.choose([Choice([step], [worse])], batches=2) == (after, after)
+    assert torch.equal(step, steps[0])
 
 
 @pytest.mark.parametrize("bug", ["learning is never undone", "depth is ignored", "target of the student"])

@@ -27,7 +27,17 @@ def model(tmp_path_factory) -> Path:
 
 def test_evaluate_measures_through_the_cache(model, tmp_path):
     options = ("--text", model / "text.txt", "--window", 24, "--limit-windows", 2, "--device", "cpu")
-    through = run("evaluate", model, *options, "--kv-cache", "int4", "--long-context", "--json", tmp_path / "int4.json")
+    through = run(
+        "evaluate",
+        model,
+        *options,
+        "--kv-cache",
+        "int4",
+        "--long-context",
+        "--passkey",
+        "--json",
+        tmp_path / "int4.json",
+    )
     assert through.exit_code == 0, through.output
     assert "cache k4 v4 asym g128" in through.output
     assert "worst head" in through.output
@@ -35,6 +45,8 @@ def test_evaluate_measures_through_the_cache(model, tmp_path):
     assert measured["kv_cache"] == "k4 v4 asym g128"
     assert list(measured["long_context"]["losses"]) == ["64", "128", "192"]
     assert measured["long_context"]["worst_head"] > 0
+    assert "pass keys found again" in through.output
+    assert measured["passkey"]["shares"]["256"] == dict.fromkeys(["0.0", "0.25", "0.5", "0.75", "1.0"], 0.0)
 
 
 def test_generate_keeps_its_past_in_the_cache(model):

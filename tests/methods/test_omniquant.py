@@ -1,12 +1,13 @@
 """OmniQuant: ranges, scales and shifts learn, and the block stays itself where nothing is gained."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from halfbyte.calibration.learned_block import near_codes
+from halfbyte.calibration.past_only import BlockCache
+from halfbyte.calibration.reconstruct import Reconstruction
 from halfbyte.calibration.walk import Stream, enter, linears, quantizing_inputs, shared_inputs
 from halfbyte.errors import CalibrationError, RecipeError
 from halfbyte.methods import omniquant
@@ -19,9 +20,19 @@ from halfbyte.models.heads import head_counts
 from halfbyte.models.linearize import linearize
 from halfbyte.models.tables import architecture_of
 from halfbyte.numerics.activations import InputQuantizer
-from halfbyte.numerics.grid import encode, fit
+from halfbyte.numerics.cache import Smoothing
+from halfbyte.numerics.grid import Grid, encode, fit
 from halfbyte.numerics.quantized import QuantizedWeight, round_to_grid
-from halfbyte.scheme import ActivationFormat, Convention, FloatScale, GroupCount, IntegerScale, PerGroup, WeightFormat
+from halfbyte.scheme import (
+    ActivationFormat,
+    CacheFormat,
+    Convention,
+    FloatScale,
+    GroupCount,
+    IntegerScale,
+    PerGroup,
+    WeightFormat,
+)
 from tiny_models import tiny, tokens
 
 CPU = torch.device("cpu")
@@ -170,6 +181,12 @@ def test_an_overflow_names_the_block_and_the_remedy():
         OmniQuant(epochs=1, links="none").refine(rounded, quantized)
 
 
+@pytest.mark.parametrize("step", [OmniQuant(), WKVQuant(), WKVQuant(learn="both")])
+def test_a_block_without_quantized_weights_stays_as_it_came(step):
+    rounded, _ = situation()
+    assert step.refine(rounded, {}) == {}
+
+
 def test_groups_over_rows_are_refused():
     rounded, quantized = situation()
     format = INT3.model_copy(update={"granularity": GroupCount(count=4)})
@@ -199,14 +216,27 @@ def test_depth_is_cut_at_the_models_end():
     assert lost(rounded, deep, loss="mae", depth=4) < lost(rounded, quantized, loss="mae", depth=4)
 
 
-def test_wkvquant_moves_nothing_and_learns_in_the_given_context():
-    entered = []
+class WatchedCache(BlockCache):
+    """A cache that notes which blocks attend through it."""
 
-    def context(block):
-        entered.append(block)
-        return nullcontext()
+    __slots__ = ("entered",)
 
-    rounded, quantized = situation(context=context)
+    def attending(self, block, smoothing=None):
+        self.entered.append(block)
+        return super().attending(block, smoothing)
+
+
+def block_cache(kind: type[BlockCache] = BlockCache, **format) -> BlockCache:
+    """Of block 0 of the tiny Llama; shifts and scales that somebody found."""
+    x = torch.randn(4, 2, 8, generator=torch.Generator().manual_seed(0))
+    smoothing = Smoothing(x[0], x[1].exp(), x[2], x[3].exp())
+    return kind(CacheFormat(key_bits=3, value_bits=3, **format), 0, 4, smoothing)
+
+
+def test_wkvquant_moves_nothing_and_learns_through_the_cache():
+    cache = block_cache(WatchedCache)
+    cache.entered = entered = []
+    rounded, quantized = situation(cache=cache)
     before = {name: p.clone() for name, p in rounded.block.named_parameters()}
     weights = copy.deepcopy(rounded.weights)
     WKVQuant(depth=2, epochs=2).refine(rounded, quantized)
@@ -214,6 +244,64 @@ def test_wkvquant_moves_nothing_and_learns_in_the_given_context():
     assert all(torch.equal(w, weights[name]) for name, w in rounded.weights.items())
     assert entered
     assert all(block is rounded.block for block in entered), "the float blocks attend as they always do"
+
+    assert not cache.learned
+
+
+@torch.no_grad()
+def lost_through_cache(rounded: RoundedBlock, quantized) -> float:
+    """`lost`, with the block attending through its cache."""
+    assert rounded.cache is not None
+    block = copy.deepcopy(rounded.block)
+    for name, weight in quantized.items():
+        block.get_submodule(name).weight.data.copy_(weight.decode())
+    total = 0.0
+    for batch in range(len(rounded.stream.hidden)):
+        with rounded.cache.attending(block):
+            answer = rounded.stream.run(block, 0, batch)
+        total += float((answer - rounded.float_stream.run(rounded.original, 0, batch)).abs().mean())
+    return total
+
+
+@pytest.mark.parametrize("rope", ["before", "after"])
+@pytest.mark.parametrize("learn", ["cache", "both"])
+def test_the_cache_learns(learn, rope):
+    rounded, quantized = situation(cache=block_cache(rope=rope))
+    cache = rounded.cache
+    before, start = lost_through_cache(rounded, quantized), cache.smoothing
+    better = WKVQuant(learn=learn, depth=1, epochs=15, clip_rate=8e-2, cache_rate=5e-2).refine(rounded, quantized)
+    assert cache.learned
+    assert lost_through_cache(rounded, better) < (0.95 if learn == "cache" else 0.85) * before
+    for name in ("key_shift", "key_scale", "value_shift", "value_scale"):
+        moved = getattr(cache.smoothing, name)
+        assert not torch.equal(moved, getattr(start, name))
+        assert not moved.requires_grad
+    assert all(torch.equal(better[name].codes, quantized[name].codes) for name in better) == (learn == "cache")
+
+
+def test_a_cache_that_gains_nothing_stays_as_it_was_found():
+    rounded, quantized = situation(cache=block_cache())
+    start = rounded.cache.smoothing
+    WKVQuant(learn="cache", depth=1, epochs=1, cache_rate=4.0, decay=False).refine(rounded, quantized)
+    assert rounded.cache.smoothing is start
+    assert not rounded.cache.learned
+
+
+def test_ratios_find_better_ranges_without_gradients(monkeypatch):
+    monkeypatch.setattr(Reconstruction, "learn", None)
+    rounded, quantized = situation()
+    wide = {
+        name: round_to_grid(rounded.weights[name], Grid(weight.grid.scales * 1.5, weight.grid.zero_points), INT3)
+        for name, weight in quantized.items()
+    }
+    found = WKVQuant(depth=2, ratios=(0.6, 0.8)).refine(rounded, wide)
+    assert lost(rounded, found, loss="mae", depth=2) < 0.95 * lost(rounded, wide, loss="mae", depth=2)
+
+
+@pytest.mark.parametrize("fields", [{"ratios": (0.8,), "learn": "both"}, {"ratios": (0.8, 0.0)}])
+def test_ratios_that_make_no_sense_are_refused(fields):
+    with pytest.raises(ValueError, match="ratios"):
+        WKVQuant(**fields)
 
 
 def test_fewer_samples_see_fewer_batches():

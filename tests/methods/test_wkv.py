@@ -150,6 +150,8 @@ def test_keys_before_rope_that_nobody_saw_are_refused():
     ({"scheme": {"weights": None, "cache": {}}, "steps": [{"method": "wkv"}, {"method": "wkv"}]}, "once"),
     ({"scheme": {"weights": None, "cache": {}}, "steps": [{"method": "gptq"}, {"method": "wkv"}]}, "nothing to do for gptq"),
     ({"scheme": {"cache": {}}, "steps": [{"method": "wkv"}, {"method": "gptq"}]}, "and wkv for the cache"),
+    ({"scheme": {"cache": {}}, "steps": [{"method": "rtn"}, {"method": "wkvquant", "learn": "both"}]}, "add the step wkv"),
+    ({"scheme": {"weights": None, "cache": {}}, "steps": [{"method": "wkvquant"}, {"method": "wkv"}]}, "to do for wkvquant"),
 ])  # fmt: skip
 def test_a_recipe_that_makes_no_sense_is_refused(fields, problem):
     with pytest.raises(RecipeError, match=problem):

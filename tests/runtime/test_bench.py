@@ -34,6 +34,11 @@ def test_what_is_counted_is_what_is_there():
     assert speed.kernels == {"float32 torch": 15}
 
 
+def test_a_packed_cache_is_weighed_as_it_is():
+    speed = bench("tiny", batch=3, context=8, new_tokens=4, device="cpu", kv_cache="int4-g32")
+    assert speed.cache_bytes == 2 * 2 * 3 * 2 * 12 * (16 + 2 * 2)  # codes, and a step and a zero in float16
+
+
 @pytest.mark.parametrize("recipe", ["rtn-w4a16", "gptq-w4a16", "smoothquant-w8a8"])
 def test_a_shape_takes_the_formats_of_any_recipe(recipe):
     speed = bench("tiny", recipe=recipe, context=8, new_tokens=4, device="cpu", dtype=torch.bfloat16)

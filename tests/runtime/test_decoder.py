@@ -1,7 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
+from cached_models import FORMATS, with_cache
 
+from closeness import relative_error
 from halfbyte.errors import ModelError
+from halfbyte.runtime.cache import QuantizedCache
 from halfbyte.runtime.decoder import Decoder, compiled_layers
 from tiny_models import tiny, tokens
 
@@ -20,6 +25,34 @@ def test_tokens_are_those_of_a_model_without_cache(variant):
     model = tiny(variant)
     prompts = tokens(3, 7)
     assert torch.equal(Decoder(model, 3, 20).decode(prompts, 9), greedy(model, prompts, 9))
+
+
+@pytest.mark.parametrize("name", ["k8v3-s2-w3", "int3-prerope-w2", "int3-rot-w2"])
+def test_prompts_may_be_read_a_few_at_a_time(name):
+    model = with_cache(tiny("llama"), FORMATS[name])
+    whole, parts = Decoder(model, 5, 20), Decoder(model, 5, 20, prompts_at_once=2)
+    for seed in (0, 1):
+        prompts = tokens(5, 7, seed)
+        assert torch.equal(parts.decode(prompts, 9), whole.decode(prompts, 9))
+    layers: list[Any] = whole.cache.layers
+    others: list[Any] = parts.cache.layers
+    for layer, other in zip(layers, others, strict=True):
+        for tensor, same in zip(layer.key_side.tensors, other.key_side.tensors, strict=True):
+            assert not tensor.numel() or relative_error(same.float(), tensor.float()) < 1e-4
+    with pytest.raises(ModelError, match="at once"):
+        Decoder(tiny("llama"), 5, 20, prompts_at_once=2)
+
+
+@pytest.mark.parametrize("name", ["int4", "k8v3-s2-w3", "int3-prerope-w2", "int3-rot-w2"])
+def test_a_model_with_a_cache_plan_decodes_on_packed_keys_and_values(name):
+    model = with_cache(tiny("llama"), FORMATS[name])
+    decoder = Decoder(model, 2, 20)
+    assert isinstance(decoder.cache, QuantizedCache)
+    for seed in (0, 1):
+        prompts = tokens(2, 7, seed)
+        grown = model.generate(prompts, do_sample=False, max_new_tokens=9, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(decoder.decode(prompts, 9), grown[:, 7:])
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_decoder_serves_one_prompt_after_another():

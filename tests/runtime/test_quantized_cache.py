@@ -11,8 +11,9 @@ from torch import Tensor
 from closeness import relative_error
 from halfbyte.errors import FormatError, ModelError
 from halfbyte.numerics.cache import layer_coders
-from halfbyte.runtime.cache import FEWEST_ROWS, QuantizedCache, QuantizedLayer, Rows
+from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer
 from halfbyte.runtime.cache_plan import new_cache, plan_of
+from halfbyte.runtime.cache_rows import FEWEST_ROWS, Rows
 from halfbyte.scheme import CacheFormat
 from tiny_models import tiny, tokens
 

@@ -2,12 +2,13 @@
 
 Every token sees its past as the cache stores it and itself as it is: scores with stored keys below the diagonal and exact
 ones on it, likewise the values (past-only quantization, WKVQuant, https://arxiv.org/abs/2402.12065, section 3.1). What the
-cache format keeps exact, sinks and a window, is exact here too. Gradients pass straight through the cache's rounding.
+cache format keeps exact, sinks and a window, is exact here too. Gradients pass straight through the cache's rounding, and
+reach its shifts and scales, which may learn.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,17 @@ from transformers import AttentionInterface
 
 from halfbyte.calibration.attention import attending_by, attention_modules
 from halfbyte.errors import ModelError
-from halfbyte.numerics.cache import Coder, LayerCoders, exact_tokens, rotate, through_cache, unrotate
-from halfbyte.numerics.slopes import straight_through
+from halfbyte.numerics.cache import (
+    NO_SMOOTHING,
+    Coder,
+    LayerCoders,
+    Smoothing,
+    exact_tokens,
+    layer_coders,
+    rotate,
+    unrotate,
+)
+from halfbyte.numerics.slopes import store_through
 from halfbyte.scheme import CacheFormat
 
 NAME = "halfbyte_learning_past_only"
@@ -33,15 +43,76 @@ class _View:
     rotation: tuple[Tensor, Tensor] | None = None
 
     def keys(self, keys: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
-        exact = keys.detach()
         if self.format.rope == "after":
-            return straight_through(through_cache(exact, self.coders.keys, self.format), keys)
+            return self._stored(keys, self.coders.keys)
         assert self.rotation is not None
-        stored = through_cache(unrotate(exact, *self.rotation), self.coders.keys, self.format)
-        return straight_through(rotate(stored, *self.rotation).to(keys.dtype), keys)
+        stored = self._stored(unrotate(keys, *self.rotation), self.coders.keys)
+        return rotate(stored, *self.rotation).to(keys.dtype)
 
     def values(self, values: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
-        return straight_through(through_cache(values.detach(), self.coders.values, self.format), values)
+        return self._stored(values, self.coders.values)
+
+    def _stored(
+        self, x: Float[Tensor, "batch heads tokens dim"], coder: Coder
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        sinks = self.format.sinks
+        return torch.cat([x[:, :, :sinks], store_through(x[:, :, sinks:], coder)], dim=2)
+
+
+@dataclass(slots=True, eq=False)
+class BlockCache:
+    """The cache of one block while it is calibrated. What learns its shifts and scales leaves them here."""
+
+    format: CacheFormat
+    layer: int
+    layers: int
+    smoothing: Smoothing = NO_SMOOTHING
+    learned: bool = False
+
+    def attending(self, block: nn.Module, smoothing: Smoothing | None = None) -> AbstractContextManager[None]:
+        """Within it, the block attends through this cache, or through one with another smoothing."""
+        coders = layer_coders(self.format, self.layer, self.layers, smoothing or self.smoothing)
+        return attending_past_only(block, coders, self.format)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LearnedSmoothing:
+    """Shifts and scales that learn, from those that were found; what was not shifted stays so.
+
+    A scale learns as the logarithm of a factor, a shift in parts of the scale, so that one rate suits quiet and loud channels.
+    """
+
+    start: Smoothing
+    factors: Mapping[str, Float[Tensor, "heads dim"]]  # by side, "key" or "value"
+    moves: Mapping[str, Float[Tensor, "heads dim"]]
+
+    @classmethod
+    def of(cls, start: Smoothing) -> "LearnedSmoothing":
+        """That begins with these. Keys that are scaled and not shifted are tied in pairs, and stay as they are."""
+        sides = [side for side in ("key", "value") if getattr(start, f"{side}_shift") is not None]
+        factors, moves = (
+            {side: torch.zeros_like(getattr(start, f"{side}_scale")).requires_grad_() for side in sides}
+            for _ in range(2)
+        )
+        return cls(start, factors, moves)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.factors.values(), *self.moves.values()]
+
+    def smoothing(self) -> Smoothing:
+        """As it stands, with slopes."""
+        found = {}
+        for side, factor in self.factors.items():
+            scale, shift = getattr(self.start, f"{side}_scale"), getattr(self.start, f"{side}_shift")
+            found[f"{side}_scale"] = scale * factor.exp()
+            found[f"{side}_shift"] = shift + scale * self.moves[side]
+        return replace(self.start, **found)
+
+    @torch.no_grad()
+    def settled(self) -> Smoothing:
+        """As it stands, without slopes."""
+        return self.smoothing()
 
 
 @contextmanager

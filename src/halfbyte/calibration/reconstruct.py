@@ -41,6 +41,14 @@ class Learned:
     learning_rate: float
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Tensors that take one of several values together."""
+
+    tensors: Sequence[Tensor]
+    values: Sequence[Sequence[Tensor]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """How long, and how steadily."""
@@ -110,17 +118,38 @@ class Reconstruction:
         self._train(groups, schedule)
         after = self.mean_loss()
         if after >= before:
-            tensors = [tensor for group in groups for tensor in group.tensors]
-            for tensor, old in zip(tensors, snapshot, strict=True):
-                tensor.data.copy_(old)
+            _put([tensor for group in groups for tensor in group.tensors], snapshot)
         return before, after
 
     @torch.no_grad()
-    def mean_loss(self, depth: int | None = None, parameters: Mapping[str, Tensor] | None = None) -> float:
-        """The mean loss over the judged batches, at the deepest depth if none is given; of other parameters, if given."""
+    def choose(self, choices: Sequence[Choice], batches: int) -> tuple[float, float]:
+        """Without gradients: one choice after the other takes, in place, the values of least loss over so many batches.
+
+        The mean loss before and after; where no value is better, a choice's tensors stay as they are.
+        """
+        before = least = self.mean_loss(judged=batches)
+        for choice in choices:
+            best = [tensor.detach().clone() for tensor in choice.tensors]
+            for values in choice.values:
+                _put(choice.tensors, values)
+                loss = self.mean_loss(judged=batches)
+                if loss < least:
+                    least, best = loss, list(values)
+            _put(choice.tensors, best)
+        return before, least
+
+    @torch.no_grad()
+    def mean_loss(
+        self, depth: int | None = None, parameters: Mapping[str, Tensor] | None = None, judged: int | None = None
+    ) -> float:
+        """The mean loss over the judged batches, or another number of them; at the deepest depth if none is given.
+
+        Of other parameters, if given.
+        """
         held = self.parameters() if parameters is None else parameters
         available = len(self.source.hidden)
-        stride = 1 if self.judged is None else max(1, available // self.judged)
+        wanted = judged or self.judged
+        stride = 1 if wanted is None else max(1, available // wanted)
         places = range(0, available, stride)
         with self._computing():
             losses = [self._loss(held, batch, depth or max(self.depths)) for batch in places]
@@ -163,3 +192,8 @@ class Reconstruction:
             answer = self.source.call(follower, self.index + offset, batch, answer)
         difference = (answer - target).float()
         return difference.square().mean() if self.loss == "mse" else difference.abs().mean()
+
+
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)

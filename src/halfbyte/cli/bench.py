@@ -28,6 +28,10 @@ def bench(
     layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers of a shape.")] = None,
     fused: Annotated[bool, typer.Option("--fused", help="Join what stands between products.")] = False,
     compiled: Annotated[bool, typer.Option("--compiled/--eager", help="torch.compile the rest, on a GPU.")] = True,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option("--kv-cache", metavar="FORMAT", help="Keep past keys and values so: int4, k8v4, float."),
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto is the GPU where there is one.")] = Device.AUTO,
     dtype: Annotated[
         Dtype, typer.Option(help="auto is float32 on the CPU and the checkpoint's own type on a GPU.")
@@ -58,6 +62,7 @@ def bench(
         layers=layers,
         fused=fused,
         compiled=compiled,
+        kv_cache=kv_cache,
         device=device.value,
         dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
     )

@@ -51,6 +51,10 @@ def evaluate(
             "hurts most.",
         ),
     ] = False,
+    passkey: Annotated[
+        bool,
+        typer.Option("--passkey", help="Also hide numbers in long texts and ask for them; for models that can answer."),
+    ] = False,
     window: Annotated[
         int | None,
         typer.Option(
@@ -65,7 +69,7 @@ def evaluate(
         Dtype, typer.Option(help="auto is float32 on the CPU and the checkpoint's own type on a GPU.")
     ] = Dtype.AUTO,
     bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = False,
-    seed: Annotated[int, typer.Option(help="Chooses the tokens that are hidden from an encoder.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the tokens that are hidden from an encoder, and pass keys.")] = 0,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write what was measured as JSON; - is stdout.")
     ] = None,
@@ -89,6 +93,7 @@ def evaluate(
 
     from halfbyte.cli import tables
     from halfbyte.evaluation.long_context import long_context as measure_far
+    from halfbyte.evaluation.passkey import passkey as hide_and_ask
     from halfbyte.evaluation.perplexity import evaluate as run
     from halfbyte.runtime.load import opened
 
@@ -109,9 +114,10 @@ def evaluate(
             seed=seed,
             progress=lambda done, total: step(done, total, f"window {done} of {total}"),
         )
-    far = None
-    if long_context:
+    far = asked = None
+    if long_context or passkey:
         pair = opened(model, recipe=recipe, device=device.value, dtype=computed)
+    if long_context:
         with progress() as step:
             far = measure_far(
                 pair,
@@ -119,8 +125,19 @@ def evaluate(
                 kv_cache=kv_cache,
                 progress=lambda done, total: step(done, total, f"sequence {done} of {total}"),
             )
+    if passkey:
+        with progress() as step:
+            asked = hide_and_ask(
+                pair,
+                kv_cache=kv_cache,
+                seed=seed,
+                progress=lambda done, total: step(done, total, f"text {done} of {total}"),
+            )
     if json is not None:
-        write_json(measured.to_json() | ({} if far is None else {"long_context": far.to_json()}), json)
+        more = {"long_context": far, "passkey": asked}
+        write_json(measured.to_json() | {key: each.to_json() for key, each in more.items() if each is not None}, json)
     console_beside(json).print(tables.evaluation(measured))
     if far is not None:
         console_beside(json).print(tables.second_copies(far))
+    if asked is not None:
+        console_beside(json).print(tables.pass_keys(asked))

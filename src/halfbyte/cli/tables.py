@@ -8,6 +8,7 @@ from rich.text import Text
 
 from halfbyte.demonstration import DemoResult
 from halfbyte.evaluation.long_context import LongContext
+from halfbyte.evaluation.passkey import Passkey
 from halfbyte.evaluation.perplexity import Evaluation
 from halfbyte.evaluation.report import Report
 from halfbyte.evaluation.summary import grouped, spread
@@ -163,11 +164,18 @@ def inspection(found: Inspection) -> Group:
     ]
     if found.accumulator is not None:
         facts.append(f"accumulators certified: no input fills more than {100 * found.accumulator:.2g} % of int32")
+    if found.rotations:
+        facts.append(f"rotated      inputs at run time: {counted(found.rotations)}")
+    if found.cache:
+        facts.append(f"cache        {found.cache}")
     if found.kernels:
-        told = ", ".join(f"{name} ({count} modules)" for name, count in found.kernels.items())
-        facts.append(f"kernels      {told}")
+        facts.append(f"kernels      {counted(found.kernels)}")
     problems = [Text(f"problem: {problem}", style="red") for problem in found.problems]
     return Group(*([rows, ""] if found.formats else []), *facts, *(problems or [Text("intact", style="green")]))
+
+
+def counted(modules: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({count} modules)" for name, count in modules.items())
 
 
 def recipes(known: dict[str, Recipe]) -> Group:
@@ -213,3 +221,12 @@ def speed(measured: Speed) -> Group:
         *(f"kernel   {name} ({count} linears)" for name, count in measured.kernels.items()),
     ]
     return Group(rows, "", *facts)
+
+
+def pass_keys(asked: Passkey) -> Group:
+    """The share of pass keys that were found again, by the length of the text and how deep in it they were."""
+    depths = list(next(iter(asked.shares.values())))
+    rows = table("tokens", *(f"depth {100 * depth:.0f} %" for depth in depths), numbers=1 + len(depths))
+    for length, shares in asked.shares.items():
+        rows.add_row(str(length), *(f"{100 * share:.0f} %" for share in shares.values()))
+    return Group(rows, Text(f"pass keys found again, of {asked.keys} at each place", style="dim"))

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.layouts import layout_of
+from halfbyte.layouts.cache import cache_format
 from halfbyte.layouts.compressed_tensors import CompressedTensors
 from halfbyte.layouts.folder import sha256
 from halfbyte.layouts.inputs import SUFFIXES as INPUT_SUFFIXES
 from halfbyte.layouts.inputs import read_inputs
 from halfbyte.layouts.integer_scales import check_inputs
 from halfbyte.layouts.layout import Layout
+from halfbyte.layouts.rotations import online_inputs
 from halfbyte.layouts.shards import SIDECAR, Shards, model_config, quantization_config
 from halfbyte.layouts.targets import family
 from halfbyte.numerics.certificate import INT32, TOKEN_INPUTS, magnitude
@@ -49,6 +51,8 @@ class Inspection:
     unquantized_share: float  # of the parameters
     problems: tuple[str, ...]  # empty: intact, as far as can be told
     accumulator: float | None = None  # of the fullest module with integer scales
+    rotations: dict[str, int] | None = None  # modules that read inputs rotated at run time, by what rotates them
+    cache: str | None = None  # the format of keys and values that the checkpoint asks for
     kernels: dict[str, int] | None = None  # modules that each kernel would run; for the caller to fill in
 
     def as_dict(self) -> dict[str, Any]:
@@ -67,12 +71,13 @@ def inspect(folder: str | Path, *, linears: Sequence[str] = (), hashes: bool = T
     config, shards = model_config(folder), Shards(folder)
     problems = list(shards.problems)
     section = quantization_config(config)
-    layout, formats, activations = None, {}, {}
+    layout, formats, activations, rotations, cache = None, {}, {}, {}, None
     if section is not None:
         try:
             layout = layout_of(section)
             paths = candidates(layout, section, shards, linears)
             formats, activations = layout.formats(section, paths), layout.activations(section, paths)
+            rotations, cache = online_inputs(section, list(formats)), cache_format(section)
         except HalfbyteError as cause:
             problems.append(str(cause))
     modules = []
@@ -107,6 +112,8 @@ def inspect(folder: str | Path, *, linears: Sequence[str] = (), hashes: bool = T
         unquantized_share=plain / max(plain + quantized, 1),
         problems=tuple(problems),
         accumulator=max((m.accumulator for m in modules if m.accumulator is not None), default=None),
+        rotations=dict(Counter(str(online) for online in rotations.values()).most_common()) or None,
+        cache=None if cache is None else str(cache),
     )
 
 

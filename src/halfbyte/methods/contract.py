@@ -3,7 +3,6 @@ block transforms, one rounding, refinements.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from halfbyte.calibration.cache import CacheStatistics
-from halfbyte.calibration.reconstruct import BlockContext
+from halfbyte.calibration.past_only import BlockCache
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import Stream
 from halfbyte.models.fold import ResolvedLink
@@ -138,7 +137,7 @@ class RoundedBlock:
     following: Callable[[int], Sequence[nn.Module]] = (
         lambda _count: ()
     )  # so many float blocks after it, or what is left
-    context: BlockContext = lambda _block: nullcontext()  # in which the quantized model's blocks compute
+    cache: BlockCache | None = None  # through which the quantized model's block attends
 
 
 @runtime_checkable

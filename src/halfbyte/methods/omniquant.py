@@ -18,7 +18,8 @@ GPTQ's error feedback; and a block that gained nothing stays as it came.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -26,7 +27,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from halfbyte.calibration.learned_block import LearnedBlock, learned_block
-from halfbyte.calibration.reconstruct import Learned, Loss, Reconstruction, Schedule, Targets
+from halfbyte.calibration.past_only import BlockCache, LearnedSmoothing
+from halfbyte.calibration.reconstruct import BlockContext, Learned, Loss, Reconstruction, Schedule, Targets
 from halfbyte.calibration.statistics import InputStatistics
 from halfbyte.calibration.walk import linears, observe, shared_inputs
 from halfbyte.errors import CalibrationError, RecipeError
@@ -71,30 +73,60 @@ class OmniQuant(Value):
         CalibrationError where the loss is not finite; RecipeError for grids that span rows and for integer scales;
         ModelError where links are wanted and none are known.
         """
-        check_grids(quantized)
+        return learn_block(self, rounded, quantized, self.teach)
+
+    def teach(self, lesson: Reconstruction, learned: LearnedBlock, more: Sequence[Learned] = ()) -> None:
+        """Let what is to be learned learn, and `more` beside it."""
+        groups = Learned(learned.clip_tensors, self.clip_rate), Learned(learned.move_tensors, self.link_rate), *more
+        steps, batches = planned(len(lesson.source.hidden), self.epochs, self.samples)
+        lesson.learn(groups, Schedule(steps=steps, decay=self.decay, batches=batches))
+
+    def learned(self, rounded: RoundedBlock, quantized: Mapping[str, QuantizedWeight]) -> LearnedBlock:
+        """What is to be learned of the weights, where it begins."""
         links = [link for link in self._links(rounded) if movable(link, rounded)]
         start = started if self.start == "grid" else unstarted
         keep_codes = self.start == "grid" and self.finish is None
-        learned = learned_block(rounded.block, rounded.weights, quantized, start, links, keep_codes=keep_codes)
-        lesson = reconstruction(rounded, learned, self.loss, self.depth, self.stride)
-        came = lesson.mean_loss(parameters=as_stored(rounded.block, quantized))
-        groups = Learned(learned.clip_tensors, self.clip_rate), Learned(learned.move_tensors, self.link_rate)
-        steps, batches = planned(len(rounded.stream.hidden), self.epochs, self.samples)
-        lesson.learn(groups, Schedule(steps=steps, decay=self.decay, batches=batches))
-        result, seen = finished(rounded, learned, self.finish)
-        unrounded = {name: value.detach() for name, value in learned.unrounded().items()}
-        stored = unrounded | {f"{name}.weight": weight.decode() for name, weight in result.items()}
-        gone = lesson.mean_loss(parameters=stored)
-        check_loss(rounded.index, came, gone)
-        if gone >= came:
-            return quantized
-        write(rounded, learned, unrounded, seen)
-        return result
+        return learned_block(rounded.block, rounded.weights, quantized, start, links, keep_codes=keep_codes)
 
     def _links(self, rounded: RoundedBlock) -> list[ResolvedLink]:
         if self.links == "none":
             return []
         return [link for link in rounded.links() if self.links == "all" or not isinstance(link.writer, nn.Linear)]
+
+
+def learn_block(
+    settings: OmniQuant,
+    rounded: RoundedBlock,
+    quantized: Mapping[str, QuantizedWeight],
+    teach: Callable[[Reconstruction, LearnedBlock], None],
+    smoothing: LearnedSmoothing | None = None,
+) -> Mapping[str, QuantizedWeight]:
+    """Let `teach` learn the weights' ranges and moves, and `smoothing`; keep all of it if the block has gained."""
+    check_grids(quantized)
+    if not quantized and (smoothing is None or not smoothing.tensors):
+        return quantized
+    learned = settings.learned(rounded, quantized)
+    lesson = reconstruction(rounded, learned, settings, attention(rounded.cache, smoothing))
+    came = lesson.mean_loss(parameters=as_stored(rounded.block, quantized))
+    teach(lesson, learned)
+    result, seen = finished(rounded, learned, settings.finish)
+    unrounded = {name: value.detach() for name, value in learned.unrounded().items()}
+    stored = unrounded | {f"{name}.weight": weight.decode() for name, weight in result.items()}
+    gone = lesson.mean_loss(parameters=stored)
+    check_loss(rounded.index, came, gone)
+    if gone >= came:
+        return quantized
+    write(rounded, learned, unrounded, seen)
+    if smoothing is not None and rounded.cache is not None:
+        rounded.cache.smoothing, rounded.cache.learned = smoothing.settled(), True
+    return result
+
+
+def attention(cache: BlockCache | None, smoothing: LearnedSmoothing | None) -> BlockContext:
+    """How the block attends while it learns: through its cache, smoothed as it stands at that moment."""
+    if cache is None:
+        return lambda _block: nullcontext()
+    return lambda block: cache.attending(block, None if smoothing is None else smoothing.smoothing())
 
 
 def started(weight: Tensor, quantized: QuantizedWeight) -> Clipping:
@@ -140,12 +172,14 @@ def check_loss(index: int, before: float, after: float) -> None:
         )
 
 
-def reconstruction(rounded: RoundedBlock, learned: LearnedBlock, loss: Loss, depth: int, stride: int) -> Reconstruction:
+def reconstruction(
+    rounded: RoundedBlock, learned: LearnedBlock, settings: OmniQuant, context: BlockContext
+) -> Reconstruction:
     """The lesson: the block as it is learned, on the quantized model's inputs, against the float model's answers.
 
     At the model's end there are fewer blocks to follow, and the depth is less.
     """
-    following = rounded.following(depth - 1) if depth > 1 else ()
+    following = rounded.following(settings.depth - 1) if settings.depth > 1 else ()
     deepest = 1 + len(following)
     return Reconstruction(
         block=rounded.block,
@@ -154,11 +188,11 @@ def reconstruction(rounded: RoundedBlock, learned: LearnedBlock, loss: Loss, dep
         inputs=rounded.inputs,
         source=rounded.stream,
         targets=Targets(rounded.original, following, rounded.float_stream, rounded.index),
-        loss=loss,
-        depths=(deepest, *[1] * (stride - 1)),
+        loss=settings.loss,
+        depths=(deepest, *[1] * (settings.stride - 1)),
         grid_slopes=True,
         judged=JUDGED,
-        context=rounded.context,
+        context=context,
     )
 
 
@@ -173,7 +207,7 @@ def finished(
     rounded: RoundedBlock, learned: LearnedBlock, finish: GPTQ | None
 ) -> tuple[dict[str, QuantizedWeight], dict[str, InputStatistics]]:
     """The learned weights on their grids, and what their inputs are then; nothing new of inputs where nothing moved."""
-    if finish is None and not learned.moves:
+    if not learned.quantized or (finish is None and not learned.moves):
         return learned.settled(), {}
     block = copy.deepcopy(rounded.block)
     for name, value in learned.unrounded().items():

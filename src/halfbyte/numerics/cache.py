@@ -75,14 +75,8 @@ class Coder:
 
         Steps and zeros beyond float16 take its largest number. Computed in float32, or float64 for float64.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.shift is not None:
-            wide = wide - self.shift[:, None].to(wide)
-        if self.scale is not None:
-            wide = wide / self.scale[:, None].to(wide)
-        if self.turned:
-            wide = rotation(wide.shape[-1], None).apply(wide)
-        grouped, axis = self._grouped(wide)
+        wide = self.smooth(x.to(torch.promote_types(x.dtype, torch.float32)))
+        grouped, axis = self.grouped(wide)
         low, high = grouped.aminmax(dim=axis, keepdim=True)
         top = 2**self.bits - 1
         if self.symmetric:
@@ -100,20 +94,13 @@ class Coder:
     def decode(self, stored: TokenCodes, dtype: torch.dtype) -> Float[Tensor, "batch heads tokens dim"]:
         """What the codes stand for, computed in float32 (float64 for float64) and rounded once to `dtype`."""
         compute = torch.promote_types(dtype, torch.float32)
-        grouped, axis = self._grouped(stored.codes.to(compute))
+        grouped, axis = self.grouped(stored.codes.to(compute))
         steps = stored.scales.to(compute).unsqueeze(axis)
         if stored.zeros is None:
             wide = (grouped - 2 ** (self.bits - 1)) * steps
         else:
             wide = grouped * steps + stored.zeros.to(compute).unsqueeze(axis)
-        wide = wide.reshape(stored.codes.shape)
-        if self.turned:
-            wide = rotation(wide.shape[-1], None).inverse(wide)
-        if self.scale is not None:
-            wide = wide * self.scale[:, None].to(wide)
-        if self.shift is not None:
-            wide = wide + self.shift[:, None].to(wide)
-        return wide.to(dtype)
+        return self.restore(wide.reshape(stored.codes.shape)).to(dtype)
 
     def simulate(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
         """What attention reads of the tokens once they are stored. Tokens of an unfinished block stay exact."""
@@ -121,7 +108,23 @@ class Coder:
         rounded = self.decode(self.encode(x[:, :, :whole]), x.dtype)
         return rounded if whole == x.shape[2] else torch.cat([rounded, x[:, :, whole:]], dim=2)
 
-    def _grouped(self, x: Tensor) -> tuple[Tensor, int]:
+    def smooth(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
+        """Tokens in the coordinates in which grids are found, in their own dtype."""
+        if self.shift is not None:
+            x = x - self.shift[:, None].to(x)
+        if self.scale is not None:
+            x = x / self.scale[:, None].to(x)
+        return rotation(x.shape[-1], None).apply(x) if self.turned else x
+
+    def restore(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
+        """The inverse of `smooth`."""
+        if self.turned:
+            x = rotation(x.shape[-1], None).inverse(x)
+        if self.scale is not None:
+            x = x * self.scale[:, None].to(x)
+        return x if self.shift is None else x + self.shift[:, None].to(x)
+
+    def grouped(self, x: Tensor) -> tuple[Tensor, int]:
         """The same numbers with an axis that runs over what shares a grid, and that axis."""
         if self.block > 1:
             return x.unflatten(2, (-1, self.block)), 3

@@ -24,6 +24,7 @@ from halfbyte.scheme import WeightFormat
 
 START = 4.0  # of the logits, as in the authors' code
 SMALLEST = 0.01  # factor: what is left of a range whatever the rate
+LARGEST = 0.9999  # likewise; its logit is finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +55,11 @@ class Clipping:
         position = -low / scales
         zeros = position.detach().round().clamp(format.lowest, format.highest)
         return Grid(scales, straight_through(zeros, position), self.amplifiers)
+
+    @torch.no_grad()
+    def times(self, ratio: float) -> Sequence[Tensor]:
+        """What `learned` would be for ranges of `ratio` times these, whole ones at most where they started so."""
+        return [torch.logit((each.sigmoid() * ratio).clamp(SMALLEST, LARGEST)) for each in self.learned]
 
     @staticmethod
     def _factor(logit: Tensor) -> Tensor:

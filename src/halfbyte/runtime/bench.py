@@ -22,11 +22,15 @@ from halfbyte.machine import pick_device
 from halfbyte.models.load import locate, skeleton
 from halfbyte.models.random_weights import SHAPES, RandomWeights, write_shape
 from halfbyte.recipe import Recipe
+from halfbyte.runtime.cache import QuantizedCache
+from halfbyte.runtime.cache_plan import attach_cache, chosen_plan
 from halfbyte.runtime.decoder import Decoder
 from halfbyte.runtime.embedding import replace_tables
+from halfbyte.runtime.experts import JoinedExperts
 from halfbyte.runtime.fused import fuse
 from halfbyte.runtime.load import AnyRecipe, completed, load_model
 from halfbyte.runtime.on_the_fly import quantize_linears, rounded_tables
+from halfbyte.scheme import CacheFormat
 
 REPEATS = 5
 
@@ -73,14 +77,16 @@ def bench(
     compiled: bool = True,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    kv_cache: str | CacheFormat | None = None,
     turn: AbstractContextManager[Any] | None = None,
 ) -> Speed:
     """Time the prefill of `batch` random prompts of `context` tokens, and the decoding of `new_tokens` after them.
 
     `model`: a folder, a hub name, or a shape such as "llama-2-7b", whose weights are then random; `layers` shortens a
     shape. `recipe`: quantize while loading; for a shape any recipe's formats. Decoding runs through `Decoder`: on a GPU
-    a CUDA graph, `compiled` with what torch.compile fuses. `turn` is held while the clock runs, where several
-    processes share a device. ModelError for counts that the model has no room for.
+    a CUDA graph, `compiled` with what torch.compile fuses. `kv_cache`: as in `evaluate`.
+    `turn` is held while the clock runs, where several processes share a device. ModelError for counts that the model
+    has no room for.
     """
     if min(batch, context) < 1 or new_tokens < 2:
         raise ModelError(f"batch {batch}, context {context}, new tokens {new_tokens}: give at least 1, 1 and 2")
@@ -89,6 +95,7 @@ def bench(
     network = opened_or_random(model, recipe, layers, place, dtype)
     if fused:
         fuse(network)
+    attach_cache(network, chosen_plan(network, kv_cache))
     held = torch.cuda.memory_allocated() - before if place.type == "cuda" else tensor_bytes(network)
     prompts = torch.randint(0, network.config.get_text_config().vocab_size, (batch, context), device=place)
     decoder = Decoder(network, batch, context + new_tokens, compiled=compiled)
@@ -101,8 +108,6 @@ def bench(
         copied = copy_rate(place)
     table, head = network.get_input_embeddings(), network.get_output_embeddings()
     shared = head is not None and getattr(head, "weight", None) is table.weight
-    layers_of_cache: list[Any] = decoder.cache.layers
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers_of_cache)
     return Speed(
         model=str(model),
         recipe=None if recipe is None else Recipe.load(recipe).name,
@@ -117,7 +122,7 @@ def bench(
         decode_rate=batch / steps,
         weight_bytes=held,
         step_bytes=held - (0 if shared else table.weight.nbytes),
-        cache_bytes=cache,
+        cache_bytes=cache_bytes(decoder.cache),
         peak_bytes=torch.cuda.max_memory_allocated() if place.type == "cuda" else 0,
         copy_rate=copied,
         kernels=dict(Counter(kernel_of(part) for part in network.modules() if kernel_of(part))),
@@ -151,10 +156,11 @@ def formats_alone(recipe: Recipe) -> Recipe:
 
 
 def kernel_of(module: nn.Module) -> str:
-    """What a linear runs; empty for what is none."""
+    """What a linear, or a mixture's experts together, run; empty for what is neither."""
     if isinstance(module, nn.Linear):
         return f"{str(module.weight.dtype).removeprefix('torch.')} torch"
-    return str(getattr(module, "kernel", "")) if hasattr(module, "in_features") else ""
+    runs = hasattr(module, "in_features") or isinstance(module, JoinedExperts)
+    return str(getattr(module, "kernel", "")) if runs else ""
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -170,6 +176,13 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def cache_bytes(cache: Any) -> int:
+    """What a cache of fixed size holds."""
+    if isinstance(cache, QuantizedCache):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def copy_rate(device: torch.device) -> float:

@@ -13,7 +13,7 @@ have theirs as [batch, kv_heads, capacity/block, head_dim]. Buffers grow by a si
 a bounded number of tokens on average. runtime/static_cache.py has the form of fixed size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,83 +22,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from halfbyte.errors import ModelError
+from halfbyte.kernels.kv_attention import PackedTokens
 from halfbyte.numerics.cache import Coder, LayerCoders, TokenCodes, rotate, tokens_to_store, unrotate
 from halfbyte.packing.code_bytes import pack, unpack
-from halfbyte.scheme import CacheFormat
-
-FEWEST_ROWS = 64  # that a buffer grows by
-SHARE = 16  # or by this fraction of itself
-
-Rotation = tuple[Float[Tensor, "batch tokens rotated"], Float[Tensor, "batch tokens rotated"]]
-"""Cosines and sines of a call's tokens."""
-
-
-class Rows:
-    """A tensor that grows along one axis."""
-
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        self.length = 0
-        self.buffer: Tensor | None = None
-
-    @property
-    def taken(self) -> Tensor:
-        """What has been appended."""
-        assert self.buffer is not None
-        return self.buffer.narrow(self.axis, 0, self.length)
-
-    def append(self, rows: Tensor) -> None:
-        """Copy rows to the end."""
-        count, capacity = rows.shape[self.axis], 0 if self.buffer is None else self.buffer.shape[self.axis]
-        if self.length + count > capacity:
-            wanted = max(self.length + count, capacity + capacity // SHARE)
-            shape = list(rows.shape)
-            shape[self.axis] = -(-wanted // FEWEST_ROWS) * FEWEST_ROWS
-            grown = rows.new_zeros(shape)
-            if self.buffer is not None:
-                grown.narrow(self.axis, 0, self.length).copy_(self.taken)
-            self.buffer = grown
-        assert self.buffer is not None
-        self.buffer.narrow(self.axis, self.length, count).copy_(rows)
-        self.length += count
-
-    def change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the buffer by what `change` makes of it; only its batch axis may become another."""
-        if self.buffer is not None:
-            self.buffer = change(self.buffer)
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.buffer is None else self.buffer.nbytes
-
-
-class Rotations:
-    """Cosines and sines of every cached token, shared by the layers that rotate alike."""
-
-    def __init__(self) -> None:
-        self.cos, self.sin = Rows(1), Rows(1)
-
-    def extend(self, rotation: Rotation, seen: int) -> None:
-        """Append the rotation of the tokens after the first `seen`, unless another layer has."""
-        if self.cos.length == seen:
-            self.cos.append(rotation[0])
-            self.sin.append(rotation[1])
-
-    def of(self, first: int, last: int) -> Rotation:
-        """Of the tokens first .. last - 1."""
-        return self.cos.taken[:, first:last], self.sin.taken[:, first:last]
-
-    def crop(self, length: int) -> None:
-        self.cos.length = self.sin.length = min(length, self.cos.length)
-
-    def change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for rows in (self.cos, self.sin):
-            if rows.buffer is not None and rows.buffer.shape[0] > 1:  # 1: the same for the whole batch
-                rows.change(change)
-
-    @property
-    def nbytes(self) -> int:
-        return self.cos.nbytes + self.sin.nbytes
+from halfbyte.runtime.cache_rows import Rotation, Rotations, Rows
+from halfbyte.runtime.online import OnlineRotation
+from halfbyte.scheme import CacheFormat, OnlineHadamard
 
 
 class Side:
@@ -110,6 +39,16 @@ class Side:
         self.sinks: Tensor | None = None
         self.tail: Tensor | None = None  # exact tokens after the codes
         self.codes, self.scales, self.zeros = Rows(2), Rows(2), Rows(2)
+
+    @property
+    def packed(self) -> PackedTokens:
+        """The codes as kernels read them."""
+        return PackedTokens(self.codes.taken, self.scales.taken, None if self.coder.symmetric else self.zeros.taken)
+
+    @property
+    def exact(self) -> Tensor:
+        """Tokens that are kept as they came: sinks, then what comes after the codes."""
+        return torch.cat([part for part in (self.sinks, self.tail) if part is not None], dim=2)
 
     @property
     def length(self) -> int:
@@ -188,11 +127,20 @@ class Side:
         return rotate(decoded, *self.rotations.of(first, first + self.codes.length)).to(dtype)
 
 
+def turn_of(coder: Coder, keys: Float[Tensor, "batch heads tokens dim"]) -> OnlineRotation | None:
+    """The rotation of stored keys, as a kernel computes it; None where there is none."""
+    if not coder.turned:
+        return None
+    return OnlineRotation(OnlineHadamard(size=keys.shape[3], seed=None)).to(keys.device)
+
+
 class QuantizedLayer(CacheLayerMixin):
     """The cache of one layer; grows with the text."""
 
     is_croppable = True
     is_sliding = False
+    reads_codes = False  # whether attention does (cache_decode.py)
+    hands_on = False  # whether the last update handed on its own tokens alone, for attention to keep
 
     def __init__(self, coders: LayerCoders, format: CacheFormat, rotations: Rotations | None = None) -> None:
         super().__init__()
@@ -209,6 +157,7 @@ class QuantizedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, _value_states: Tensor) -> None:
         """Take dtype and device from the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.turn = turn_of(self.coders.keys, key_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -227,10 +176,17 @@ class QuantizedLayer(CacheLayerMixin):
             for side, new in pairs:
                 side.append(new)
             return self.key_side.read(key_states.dtype), self.value_side.read(value_states.dtype)
+        self.hands_on = self.reads_codes and key_states.shape[2] == 1 and self.key_side.codes.length > 0
+        if self.hands_on:
+            return key_states, value_states  # attention reads the past by itself, and then calls `keep`
         seen = [torch.cat([side.read(new.dtype), new], dim=2) if side.length else new for side, new in pairs]
-        for side, new in pairs:
-            side.append(new)
+        self.keep(key_states, value_states)
         return seen[0], seen[1]
+
+    def keep(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store tokens that attention has used as they are."""
+        self.key_side.append(key_states)
+        self.value_side.append(value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Tokens that the mask is for, and the first one's position."""
@@ -288,9 +244,9 @@ class QuantizedCache(Cache):
 
     layers: Any
 
-    def __init__(self, layers: list[Any], rotations: list[Rotations] | None = None) -> None:
+    def __init__(self, layers: list[Any], rotations: Sequence[Any] = ()) -> None:
         super().__init__(layers=layers)
-        self.rotations = rotations or []
+        self.rotations = list(rotations)
 
     @property
     def nbytes(self) -> int:

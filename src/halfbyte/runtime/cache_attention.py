@@ -21,8 +21,8 @@ from transformers.masking_utils import eager_mask
 from halfbyte.errors import ModelError
 from halfbyte.models.heads import attentions
 from halfbyte.numerics.cache import Coder, LayerCoders, exact_tokens, rotate, through_cache, unrotate
-from halfbyte.runtime.cache import Rotation
 from halfbyte.runtime.cache_plan import CachePlan
+from halfbyte.runtime.cache_rows import Rotation
 from halfbyte.scheme import CacheFormat
 
 NAME = "halfbyte_past_only"

@@ -5,12 +5,12 @@
     afterwards   the current token is quantized and written, and joins the window
 
 transformers calls the attention by its name, `halfbyte_packed`, while `reading_codes` lasts. Prompts attend as before,
-to all rows decoded, by scaled-dot-product attention. For caches of fixed size (static_cache.py).
+to all rows decoded, by scaled-dot-product attention.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,37 +20,55 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.kv_attention import ExactTokens, Smoothing, decode_attention
+from halfbyte.kernels.kv_attention import ExactTokens, KeyRotation, PackedTokens, Smoothing, decode_attention
 from halfbyte.models.heads import attentions
-from halfbyte.runtime.cache_plan import plan_of
+from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer
+from halfbyte.runtime.cache_plan import CachePlan, plan_of, using_cache
 from halfbyte.runtime.static_cache import StaticQuantizedLayer
+from halfbyte.runtime.static_rotations import turns_evenly
 
 NAME = "halfbyte_packed"
 LAYER = "_halfbyte_cache_layer"
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what some architectures do to their scores
+Layer = StaticQuantizedLayer | QuantizedLayer
+
+
+def why_not(model: Any) -> str | None:
+    """Why a model's attention cannot read codes; None where it can."""
+    plan, config = plan_of(model), model.config.get_text_config()
+    if plan is None or not plan.format.past_only:
+        return "reading codes takes a cache plan whose current token is exact: attach_cache(model, ...) first"
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped or not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} attends in a way of its own, which cannot read codes: decode without"
+    if model.dtype == torch.float64:
+        return "the kernel computes in float32, and the model is float64: decode without"
+    if plan.format.keys == "channel":
+        return "keys have grids for each channel, which the kernel does not read: decode without"
+    if plan.format.rope == "before" and plan.format.rotate_keys:
+        return "keys before RoPE are in rotated coordinates, in which RoPE is not: decode without"
+    if plan.format.rope == "before" and not all(turns_evenly(model, kind) for kind in set(plan.kinds)):
+        return "how far keys are turned depends on the length of the text, which codes do not tell: decode without"
+    return None
 
 
 @contextmanager
-def reading_codes(model: Any) -> Iterator[None]:
-    """Within it, calls with one token on a `new_cache(model, capacity)` read its codes.
+def reading_codes(model: Any, cache: QuantizedCache | None = None) -> Iterator[None]:
+    """Within it, calls with one token on a cache of the model's plan read its codes.
 
-    Edits the model in place and undoes it. ModelError for an architecture that has attention code of its own, for a
-    model without a plan, and for one that quantizes the current token or rotates keys.
+    `cache`: the only one that will be used, so that nothing is looked up in a call. Edits the model in place and undoes
+    it. ModelError, with what `why_not` says, for a model that cannot.
     """
-    plan = plan_of(model)
-    if plan is None or not plan.format.past_only:
-        raise ModelError(
-            "reading codes takes a cache plan whose current token is exact: attach_cache(model, ...) first"
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(
-            f"{type(model).__name__} has attention code of its own, which cannot read codes: decode without"
-        )
-    if plan.format.rotate_keys:
-        raise ModelError("the keys' codes are in rotated coordinates, in which queries are not: decode without")
+    if (reason := why_not(model)) is not None:
+        raise ModelError(reason)
     before = model.config._attn_implementation
     modules = list(attentions(model).values())
-    hooks = [module.register_forward_pre_hook(_note_layer, with_kwargs=True) for module in modules]
+    hooks = []
+    if cache is None:
+        hooks = [module.register_forward_pre_hook(_note_layer, with_kwargs=True) for module in modules]
+    else:
+        for module in modules:
+            _attend_to(module, cache.layers[module.layer_idx])
     model.set_attn_implementation(NAME)
     try:
         yield
@@ -61,7 +79,16 @@ def reading_codes(model: Any) -> Iterator[None]:
         for module in modules:
             layer = module.__dict__.pop(LAYER, None)
             if layer is not None:
-                layer.reads_codes = False
+                layer.reads_codes = layer.hands_on = False
+
+
+@contextmanager
+def generating(model: Any, plan: CachePlan | None) -> Iterator[None]:
+    """Within it, the model's `generate` keeps its past by this plan, and on a GPU reads the codes where it can."""
+    with using_cache(model, plan):
+        reads = model.device.type == "cuda" and why_not(model) is None
+        with reading_codes(model) if reads else nullcontext():
+            yield
 
 
 def packed_attention(
@@ -74,8 +101,8 @@ def packed_attention(
     **options: Any,
 ) -> tuple[Float[Tensor, "batch tokens query_heads dim"], None]:
     """transformers' interface of an attention function."""
-    layer: StaticQuantizedLayer | None = module.__dict__.get(LAYER)
-    if layer is None or not layer.reads_codes or query.shape[2] != 1:
+    layer: Layer | None = module.__dict__.get(LAYER)
+    if layer is None or not layer.hands_on:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
         return out, None
     if found := [name for name in UNKNOWN if options.get(name) is not None]:
@@ -91,39 +118,77 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _attend(
-    layer: StaticQuantizedLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
+class Past(NamedTuple):
+    """What a layer of a cache has of the tokens before the current one."""
+
+    keys: PackedTokens
+    values: PackedTokens
+    begins: int  # the position of the token in row 0
+    first: int  # of the rows that hold what is not exact
+    last: Tensor  # one behind them; no axes
+    exact: tuple[Tensor, Tensor] | None  # keys and values
+    places: Tensor  # of exact tokens; negative: there is none
+    rotation: KeyRotation | None
+
+
+def _fixed(layer: StaticQuantizedLayer) -> Past:
     keys, values, sinks, window = layer.key_side, layer.value_side, layer.format.sinks, layer.format.window
-    first = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    place = torch.arange(sinks, device=layer.device)
+    held = layer.length - 1 - (layer.length - 1 - torch.arange(window, device=layer.device)) % max(window, 1)
+    places = torch.cat([torch.where(place < layer.length, place, -1), torch.where(held >= sinks, held, -1)])
+    exact = (keys.exact, values.exact) if sinks or window else None
+    rotation = None if layer.rotations is None else layer.rotations.of_packed
+    return Past(keys.packed, values.packed, 0, sinks, (layer.length - window).clamp(min=sinks), exact, places, rotation)
+
+
+def _growing(layer: QuantizedLayer) -> Past:
+    keys, values, sinks, count = layer.key_side, layer.value_side, layer.format.sinks, layer.key_side.codes.length
+    place = torch.arange(layer.get_seq_length(), device=layer.device)
+    exact = (keys.exact, values.exact) if sinks or len(place) > count else None
+    last = torch.tensor(count, device=layer.device)
+    rotation = None
+    if layer.rotations is not None:
+        rotation = layer.rotations.of_packed(sinks, sinks + count, len(keys.codes.taken))
+    places = torch.cat([place[:sinks], place[sinks + count :]])
+    return Past(keys.packed, values.packed, sinks, 0, last, exact, places, rotation)
+
+
+def _attend(
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    past = _fixed(layer) if isinstance(layer, StaticQuantizedLayer) else _growing(layer)
+    seen_from = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     if mask is not None:  # what a row does not see comes before all that it sees: padding, or what a window has left
-        first = mask[:, 0, -1].to(torch.int8).argmax(dim=-1).expand(len(query))
+        seen_from = mask[:, 0, -1].to(torch.int8).argmax(dim=-1).expand(len(query))
     exact = None
-    if sinks or window:
-        place = torch.arange(sinks, device=query.device)
-        held = layer.length - 1 - (layer.length - 1 - torch.arange(window, device=query.device)) % max(window, 1)
-        counts = torch.cat([place < layer.length, held >= sinks])
-        seen = counts & (torch.cat([place, held]) >= first[:, None])
-        exact_keys, exact_values = (torch.cat([side.sinks, side.window], dim=2) for side in (keys, values))
-        exact = ExactTokens(exact_keys, exact_values, seen)
+    if past.exact is not None:
+        exact = ExactTokens(*past.exact, (past.places >= 0) & (past.places >= seen_from[:, None]))
+    coders = layer.coders.keys, layer.coders.values
+    smoothing = Smoothing(*(
+        None if part is None else part.to(query.device) for coder in coders for part in (coder.shift, coder.scale)
+    ))  # fmt: skip
+    turned = None
+    if layer.turn is not None:  # the query in the coordinates in which keys are stored
+        scale, together = smoothing.key_scale, query.shape[1] // key.shape[1]
+        scaled = query if scale is None else query * scale.repeat_interleave(together, dim=0).to(query.dtype)
+        turned, smoothing = layer.turn(scaled), smoothing._replace(key_scale=None)
     return decode_attention(
-        query, keys.packed, values.packed, (layer.length - window).clamp(min=sinks).expand(len(query)), key, value,
-        first.clamp(min=sinks), exact,
-        Smoothing(*(
-            None if part is None else part.to(query.device)
-            for part in (keys.coder.shift, keys.coder.scale, values.coder.shift, values.coder.scale)
-        )),
-        scaling,
+        query, past.keys, past.values, past.last.expand(len(query)), key, value,
+        (seen_from - past.begins).clamp(min=past.first), exact, smoothing, scaling, past.rotation, turned,
     )  # fmt: skip
 
 
 def _note_layer(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell the attention which layer of the cache is its own, and that layer that its codes will be read."""
-    layer = None
     for cache in (kwargs.get("past_key_values"), kwargs.get("layer_past")):
         if cache is not None:
-            layer = cache.layers[module.layer_idx]
-    packed = isinstance(layer, StaticQuantizedLayer)
+            _attend_to(module, cache.layers[module.layer_idx])
+            return
+    _attend_to(module, None)
+
+
+def _attend_to(module: Any, layer: Any) -> None:
+    packed = isinstance(layer, Layer)
     module.__dict__[LAYER] = layer if packed else None
-    if isinstance(layer, StaticQuantizedLayer):
+    if packed:
         layer.reads_codes = True

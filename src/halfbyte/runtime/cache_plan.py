@@ -21,8 +21,10 @@ from halfbyte.errors import FormatError, ModelError
 from halfbyte.layouts.cache import SUFFIXES, cache_format, read_smoothing
 from halfbyte.models.heads import attentions, head_counts
 from halfbyte.numerics.cache import NO_SMOOTHING, LayerCoders, Smoothing, layer_coders
-from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer, Rotations
+from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer
+from halfbyte.runtime.cache_rows import Rotations
 from halfbyte.runtime.static_cache import StaticQuantizedLayer
+from halfbyte.runtime.static_rotations import StaticRotations, near_turns
 from halfbyte.scheme import CacheFormat
 
 FLOAT_CACHE = "float"
@@ -183,13 +185,24 @@ def new_cache(model: Any, capacity: int | None = None) -> QuantizedCache:
     if plan is None:
         raise ModelError("the model has no cache plan: attach_cache(model, cache_plan(model, named_format('int4')))")
     if capacity is not None:
-        return QuantizedCache([StaticQuantizedLayer(coders, plan.format, capacity) for coders in plan.layers])
+        return _fixed(model, plan, capacity)
     shared: dict[str, Rotations] = {}
     if plan.format.rope == "before":
-        shared = {kind: Rotations() for kind in plan.kinds}
+        shared = {kind: Rotations(near_turns(model, kind)) for kind in plan.kinds}
     layers = [
         QuantizedLayer(coders, plan.format, shared.get(kind))
         for coders, kind in zip(plan.layers, plan.kinds, strict=True)
+    ]
+    return QuantizedCache(layers, list(shared.values()))
+
+
+def _fixed(model: Any, plan: CachePlan, capacity: int) -> QuantizedCache:
+    shared: dict[str, StaticRotations] = {}
+    if plan.format.rope == "before":
+        shared = {kind: StaticRotations(capacity, near_turns(model, kind)) for kind in plan.kinds}
+    layers = [
+        StaticQuantizedLayer(coders, plan.format, capacity, shared.get(kind), leads=kind not in plan.kinds[:index])
+        for index, (coders, kind) in enumerate(zip(plan.layers, plan.kinds, strict=True))
     ]
     return QuantizedCache(layers, list(shared.values()))
 

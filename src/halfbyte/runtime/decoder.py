@@ -6,22 +6,28 @@
 Each is recorded once and replayed: the prefill for prompts of the length that `record` was told, others run as they are.
 
 transformers' own `generate` decides in Python after every token whether to go on; here the number of tokens is known
-beforehand. On a CPU the same step runs as it is.
+beforehand. On a CPU the same step runs as it is. A model with a plan for its cache decodes on the packed one and reads
+its codes (cache_decode.py).
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from halfbyte.calibration.text import longest_sequence
 from halfbyte.errors import ModelError
+from halfbyte.models.heads import head_counts
 from halfbyte.models.load import find_blocks
+from halfbyte.runtime.cache import QuantizedCache
+from halfbyte.runtime.cache_decode import reading_codes
+from halfbyte.runtime.cache_plan import new_cache, plan_of
+from halfbyte.runtime.even_cache import even_cache
+from halfbyte.runtime.static_cache import of_rows
 
 WARM_UP = 3  # steps before the recording: the first compiles
 
@@ -30,18 +36,32 @@ class Decoder:
     """Continues prompts of one length, `batch` at a time, to at most `capacity` tokens, prompt included.
 
     `compiled`: what torch leaves between our kernels is fused by torch.compile, a layer at a time. The model must be a
-    causal one that takes a StaticCache, and stays as it is.
+    causal one that takes a StaticCache, and stays as it is. With a cache plan, one that `reading_codes` takes; then so
+    many prompts may be read at a time, `prompts_at_once`, as memory allows.
     """
 
-    def __init__(self, model: Any, batch: int, capacity: int, *, compiled: bool = True) -> None:
-        """ModelError where the model has fewer positions than `capacity`, or no list of layers."""
+    def __init__(
+        self, model: Any, batch: int, capacity: int, *, compiled: bool = True, prompts_at_once: int | None = None
+    ) -> None:
+        """ModelError where the model has fewer positions than `capacity`, no list of layers, or only a float cache to
+        read prompts in parts."""
         limit = longest_sequence(model.config)
         if limit is not None and capacity > limit:
             raise ModelError(f"{capacity} tokens are more than the model's {limit} positions: ask for fewer")
         self.model, self.batch, self.capacity = model, batch, capacity
-        self.cache = StaticCache(config=model.config, max_cache_len=max(capacity, WARM_UP + 1))
+        rows = max(capacity, WARM_UP + 1)
+        planned = plan_of(model) is not None
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self._position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        self.cache = new_cache(model, rows) if planned else even_cache(model.config, rows, self._position.view(()))
+        self._at_once = prompts_at_once
+        if prompts_at_once is not None:
+            if not planned:
+                raise ModelError(
+                    "a float cache is read into at once: attach_cache(model, ...), or leave prompts_at_once out"
+                )
+            _, heads, dim = head_counts(model.config.get_text_config())
+            self.cache.early_initialization(batch, heads, dim, model.dtype, model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prefill_graph: torch.cuda.CUDAGraph | None = None
         self._prompts = self._token
@@ -64,9 +84,20 @@ class Decoder:
 
     def _read(self, prompts: Tensor) -> None:
         self.cache.reset()
-        logits = self.model(input_ids=prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        if self._at_once is None:
+            self._read_rows(prompts, self.cache, self._token)
+        else:
+            assert isinstance(self.cache, QuantizedCache)
+            for first in range(0, self.batch, self._at_once):
+                last = min(first + self._at_once, self.batch)
+                self._read_rows(prompts[first:last], of_rows(self.cache, first, last), self._token[first:last])
+            for layer in self.cache.layers:
+                layer.fill(prompts.shape[1])
         self._position.fill_(prompts.shape[1])
+
+    def _read_rows(self, prompts: Tensor, cache: Any, token: Tensor) -> None:
+        logits = self.model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     @torch.no_grad()
     def step(self) -> Int64[Tensor, "batch"]:
@@ -78,9 +109,11 @@ class Decoder:
         return self._token[:, 0]
 
     def _step(self) -> None:
-        logits = self.model(
-            input_ids=self._token, position_ids=self._position, past_key_values=self.cache, use_cache=True
-        ).logits
+        cache = self.cache
+        with reading_codes(self.model, cache) if isinstance(cache, QuantizedCache) else nullcontext():
+            logits = self.model(
+                input_ids=self._token, position_ids=self._position, past_key_values=self.cache, use_cache=True
+            ).logits
         self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self._position += 1
 
@@ -89,13 +122,24 @@ class Decoder:
         """Compile and record a step, and the prefill of prompts of `length` tokens. On a CPU there is nothing to do."""
         if self._token.device.type != "cuda":
             return self
-        self._prompts = torch.zeros(self.batch, length, dtype=torch.long, device=self._token.device)
-        self._prefill_graph = recorded(lambda: self._read(self._prompts), times=2)
+        if self._at_once is None:  # else it is long, and what is between the parts does not matter
+            self._prompts = torch.zeros(self.batch, length, dtype=torch.long, device=self._token.device)
+            self._prefill_graph = recorded(lambda: self._read(self._prompts), times=2)
         self.cache.reset()
-        self._position.zero_()
-        with compiled_layers(self._layers):
-            self._graph = recorded(self._step, times=WARM_UP)
+        self.start_at(0)
+        return self.record_step()
+
+    @torch.no_grad()
+    def record_step(self) -> "Decoder":
+        """Compile and record a step alone; it goes on from the tokens in the cache, and adds a few. Not on a CPU."""
+        if self._token.device.type == "cuda":
+            with compiled_layers(self._layers):
+                self._graph = recorded(self._step, times=WARM_UP)
         return self
+
+    def start_at(self, position: int) -> None:
+        """Let the next step's token have this position: that of tokens in the cache which no prefill has put there."""
+        self._position.fill_(position)
 
     def decode(self, prompts: Int64[Tensor, "batch length"], new_tokens: int) -> Int64[Tensor, "batch new"]:
         """The likeliest continuation, one token after the other. ModelError where it does not fit."""

@@ -7,7 +7,8 @@ import torch
 from halfbyte.calibration.encoders import fills_masks
 from halfbyte.calibration.text import longest_sequence
 from halfbyte.errors import ModelError
-from halfbyte.runtime.cache_plan import chosen_plan, using_cache
+from halfbyte.runtime.cache_decode import generating
+from halfbyte.runtime.cache_plan import chosen_plan
 from halfbyte.runtime.load import AnyRecipe, Pair, opened
 from halfbyte.scheme import CacheFormat
 
@@ -53,7 +54,7 @@ def generate(
     # top_k 0 and the like: a folder's generation_config.json may narrow the distribution, which nobody asked for here
     choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     devices = [network.device] if network.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), using_cache(network, chosen_plan(network, kv_cache)):
+    with torch.random.fork_rng(devices=devices), generating(network, chosen_plan(network, kv_cache)):
         torch.manual_seed(seed)
         written = network.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=ending, **choice)
     return tokenizer.decode(written[0, length:], skip_special_tokens=True)

@@ -7,9 +7,12 @@ Codes of every token are written when it comes, beside exact copies of the sinks
     sinks                      model's  [batch, kv_heads, sinks, head_dim]
     window                     model's  [batch, kv_heads, window, head_dim]            token t in row t % window
 
+A prompt that finds the cache empty attends to itself, and nothing is decoded. Keys before RoPE: static_rotations.py.
 `length` is a tensor, so that a step depends on no number that the graph would hold on to.
 """
 
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +20,25 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from halfbyte.errors import FormatError
+from halfbyte.errors import FormatError, ModelError
 from halfbyte.kernels.kv_attention import PackedTokens, Smoothing, write_tokens
 from halfbyte.numerics.cache import Coder, LayerCoders, TokenCodes
 from halfbyte.packing.code_bytes import bytes_for, pack, unpack
+from halfbyte.runtime.cache import QuantizedCache, turn_of
+from halfbyte.runtime.cache_rows import Rotation
+from halfbyte.runtime.static_rotations import StaticRotations, before
 from halfbyte.scheme import CacheFormat
 
 
 class StaticSide:
     """The keys, or the values, of one layer."""
 
-    def __init__(self, coder: Coder, format: CacheFormat, capacity: int, like: Float[Tensor, "batch heads _ dim"]):
+    def __init__(
+        self, coder: Coder, format: CacheFormat, capacity: int, like: Float[Tensor, "batch heads _ dim"],
+        rotations: StaticRotations | None = None,
+    ) -> None:  # fmt: skip
         batch, heads, _, self.dim = like.shape
-        self.coder, self.format = coder, format
+        self.coder, self.format, self.rotations = coder, format, rotations
         groups = coder.groups(self.dim)
         size = bytes_for(self.dim, coder.bits)
         self.codes = torch.zeros(batch, heads, capacity, size, dtype=torch.uint8, device=like.device)
@@ -43,22 +52,42 @@ class StaticSide:
         """Everything that is stored."""
         return [x for x in (self.codes, self.scales, self.zeros, self.sinks, self.window) if x is not None]
 
+    def of_rows(self, first: int, last: int, rotations: StaticRotations | None = None) -> "StaticSide":
+        """These rows of the batch, in the same memory."""
+        part = copy(self)
+        part.codes, part.scales = self.codes[first:last], self.scales[first:last]
+        part.zeros = None if self.zeros is None else self.zeros[first:last]
+        part.sinks, part.window, part.rotations = self.sinks[first:last], self.window[first:last], rotations
+        return part
+
     @property
     def packed(self) -> PackedTokens:
         """All rows as kernels read and write them."""
         return PackedTokens(self.codes, self.scales, self.zeros)
 
-    def step(self, x: Float[Tensor, "batch heads new dim"], length: Int64[Tensor, ""]) -> Tensor:
-        """Store new tokens after the first `length`; all rows as attention is to see them, those beyond not yet real."""
+    @property
+    def exact(self) -> Tensor:
+        """Rows that are kept as they came: sinks, then the window."""
+        return torch.cat([self.sinks, self.window], dim=2)
+
+    def step(
+        self, x: Float[Tensor, "batch heads new dim"], length: Int64[Tensor, ""], stored: Tensor | None = None
+    ) -> Tensor:
+        """Store new tokens after the first `length`; all rows as attention is to see them, those beyond not yet real.
+
+        `stored`: the tokens as they are to be stored, where that is before RoPE.
+        """
         new = x.shape[2]
         places = torch.arange(new, device=x.device) + length
-        encoded = self.coder.encode(x)
+        encoded = self.coder.encode(x if stored is None else stored)
         self.codes.index_copy_(2, places, pack(encoded.codes, self.coder.bits))
         self.scales.index_copy_(2, places, encoded.scales)
         if self.zeros is not None and encoded.zeros is not None:
             self.zeros.index_copy_(2, places, encoded.zeros)
         codes = unpack(self.codes, self.coder.bits, self.dim)
         seen = self.coder.decode(TokenCodes(codes, self.scales, self.zeros), x.dtype)
+        if self.rotations is not None:
+            seen = self.rotations.after(seen)
         if self.format.past_only:
             self._recall(seen, length)
             seen.index_copy_(2, places, x)
@@ -96,25 +125,37 @@ class StaticQuantizedLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
     reads_codes = False  # whether attention does (cache_decode.py)
+    hands_on = False  # whether the last update handed on its own tokens alone, for attention to keep
 
-    def __init__(self, coders: LayerCoders, format: CacheFormat, capacity: int) -> None:
+    def __init__(
+        self, coders: LayerCoders, format: CacheFormat, capacity: int, rotations: StaticRotations | None = None,
+        leads: bool = True,
+    ) -> None:  # fmt: skip
+        """`leads`: of the layers that share rotations, the one that comes first."""
         super().__init__()
-        if format.keys == "channel" or format.rope == "before":
-            what = "keys per channel" if format.keys == "channel" else "keys before RoPE"
-            raise FormatError(f"a cache of fixed size cannot hold {what}: leave its capacity out, and it grows")
+        if format.keys == "channel":
+            raise FormatError(
+                "a cache of fixed size cannot hold keys per channel: leave its capacity out, and it grows"
+            )
         if capacity < format.sinks + format.window + 1:
             raise FormatError(
                 f"a cache of {capacity} tokens has no room for {format.sinks} sinks, a window of {format.window} and one "
                 "more: give it a larger capacity"
             )
         self.coders, self.format, self.capacity = coders, format, capacity
+        self.rotations, self.leads = rotations, leads
+        self.rotation: Rotation | None = None  # of the call's tokens, from the hook of runtime/cache_plan.py
         self.length = torch.tensor(0)
+        self.is_empty = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make all buffers, for the batch, heads, dtype and device of the first tokens."""
         self.batch_size, self.device = key_states.shape[0], key_states.device
-        self.key_side = StaticSide(self.coders.keys, self.format, self.capacity, key_states)
+        self.key_side = StaticSide(self.coders.keys, self.format, self.capacity, key_states, self.rotations)
         self.value_side = StaticSide(self.coders.values, self.format, self.capacity, value_states)
+        self.turn = turn_of(self.coders.keys, key_states)
+        if self.rotations is not None:
+            self.rotations.prepare(self.batch_size, key_states.dtype, key_states.device)
         self.length = self.length.to(key_states.device)
         if not torch.compiler.is_compiling():
             for tensor in [*self.key_side.tensors, *self.value_side.tensors, self.length]:
@@ -125,27 +166,66 @@ class StaticQuantizedLayer(CacheLayerMixin):
         """Keep the call's tokens; all rows: the past as it is stored, these tokens as they are, and what is to come."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.reads_codes and key_states.shape[2] == 1:
+        empty, self.is_empty = self.is_empty, False
+        if self.rotations is not None and self.leads:
+            self.rotations.write(self._rotation(), self.length)
+        self.hands_on = self.reads_codes and key_states.shape[2] == 1
+        if self.hands_on:
             return key_states, value_states  # attention reads the past by itself, and then calls `keep`
-        keys = self.key_side.step(key_states, self.length)
+        if empty and self._attends_to_itself(key_states.shape[2]):
+            self.keep(key_states, value_states)
+            return key_states, value_states
+        stored = None if self.rotations is None else before(key_states, self._rotation())
+        keys = self.key_side.step(key_states, self.length, stored)
         values = self.value_side.step(value_states, self.length)
         self.length.add_(key_states.shape[2])
         return keys, values
+
+    def _attends_to_itself(self, tokens: int) -> bool:
+        """Whether so many tokens in an empty cache see no codes."""
+        return self.format.past_only and tokens > 1
+
+    def _rotation(self) -> Rotation:
+        if self.rotation is None:
+            raise ModelError(
+                "a cache of keys before RoPE was not told the rotation of its tokens: make it with "
+                "halfbyte.runtime.cache_plan.new_cache after attach_cache(model, ...)"
+            )
+        return self.rotation
+
+    def of_rows(self, first: int, last: int, rotations: StaticRotations | None) -> "StaticQuantizedLayer":
+        """An empty layer that is these rows of this one's batch, in the same memory."""
+        part = StaticQuantizedLayer(self.coders, self.format, self.capacity, rotations, self.leads)
+        part.batch_size, part.device, part.turn = last - first, self.device, self.turn
+        part.key_side = self.key_side.of_rows(first, last, rotations)
+        part.value_side = self.value_side.of_rows(first, last)
+        part.length, part.is_initialized = torch.zeros_like(self.length), True
+        return part
+
+    def fill(self, length: int) -> None:
+        """So many tokens have been written through `of_rows`, to all rows."""
+        self.length.fill_(length)
+        self.is_empty = False
 
     def keep(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store tokens that attention has used as they are."""
         keys, values = self.key_side, self.value_side
         smoothing = Smoothing(keys.coder.shift, keys.coder.scale, values.coder.shift, values.coder.scale)
+        stored = key_states if self.rotations is None else before(key_states, self._rotation())
+        if self.turn is not None:
+            stored = self.turn(replace(keys.coder, turned=False).smooth(stored.float()))
+            smoothing = smoothing._replace(key_shift=None, key_scale=None)
+        stored_values = value_states.to(stored.dtype)
         position = self.length.repeat(self.batch_size)
-        write_tokens(keys.packed, values.packed, key_states, value_states, position, smoothing)
+        write_tokens(keys.packed, values.packed, stored, stored_values, position, smoothing)
         places = torch.arange(key_states.shape[2], device=key_states.device) + self.length
         keys._remember(key_states, places)
         values._remember(value_states, places)
         self.length.add_(key_states.shape[2])
 
-    def get_mask_sizes(self, _query_length: int) -> tuple[int, int]:
-        """All rows, from position 0."""
-        return self.capacity, 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows that the call's tokens are to see, from position 0: all, or in an empty cache those of a prompt alone."""
+        return query_length if self.is_empty and self._attends_to_itself(query_length) else self.capacity, 0
 
     def get_seq_length(self) -> Any:
         """Tokens in the cache, as a tensor once there are buffers."""
@@ -158,6 +238,7 @@ class StaticQuantizedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; the buffers stay where they are."""
         self.length.zero_()
+        self.is_empty = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """FormatError: the window's rows would be those of tokens that are gone."""
@@ -176,3 +257,13 @@ class StaticQuantizedLayer(CacheLayerMixin):
         if not self.is_initialized:
             return 0
         return sum(tensor.nbytes for tensor in [*self.key_side.tensors, *self.value_side.tensors])
+
+
+def of_rows(cache: QuantizedCache, first: int, last: int) -> QuantizedCache:
+    """An empty cache that is these rows of the batch of one of fixed size, in the same memory.
+
+    So that prompts are read a few at a time; `fill` the whole cache's layers afterwards. All its buffers are there.
+    """
+    shared = {id(rotations): rotations.of_rows(first, last) for rotations in cache.rotations}
+    layers = [layer.of_rows(first, last, shared.get(id(layer.rotations))) for layer in cache.layers]
+    return QuantizedCache(layers, list(shared.values()))

@@ -20,15 +20,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from halfbyte.errors import FormatError
 from halfbyte.kernels.kv_attention import cuts
-from halfbyte.kernels.kv_attention.tokens import NO_SMOOTHING, ExactTokens, PackedTokens, Smoothing
+from halfbyte.kernels.kv_attention.checks import check_keys, check_step
+from halfbyte.kernels.kv_attention.tokens import NO_SMOOTHING, ExactTokens, KeyRotation, PackedTokens, Smoothing
 from halfbyte.kernels.kv_attention.write import write_tokens
-from halfbyte.packing.code_bytes import bytes_for, unpack
+from halfbyte.packing.code_bytes import unpack
 
-__all__ = ["NO_SMOOTHING", "ExactTokens", "PackedTokens", "Smoothing", "decode_attention", "write_tokens"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+__all__ = [
+    "NO_SMOOTHING", "ExactTokens", "KeyRotation", "PackedTokens", "Smoothing", "decode_attention", "write_tokens",
+]  # fmt: skip
 
 
 def decode_attention(
@@ -42,16 +42,20 @@ def decode_attention(
     exact: ExactTokens | None = None,
     smoothing: Smoothing = NO_SMOOTHING,
     scaling: float | None = None,
+    rotation: KeyRotation | None = None,
+    packed_query: Float[Tensor, "batch query_heads dim"] | None = None,
 ) -> Float[Tensor, "batch query_heads dim"]:
     """Attention on the packed tokens first .. last - 1 of each row, on exact ones, and on the current token as it is.
 
     Softmax in float32; the answer has the dtype of the query. `first`: 0 where it is None. `scaling`: 1 / √dim where it
-    is None. On 4-bit codes a query times its keys' scale must fit float16. Raises FormatError where the arguments
+    is None. `rotation`: of packed keys that are stored before RoPE. `packed_query`: the query as what keys' codes stand
+    for is to be multiplied by, where those are in other coordinates (QuaRot's R3); times their scale. On 4-bit codes a
+    query times its keys' scale must fit float16, and so must keys before RoPE. Raises FormatError where the arguments
     disagree.
     """
     return _op(
         query, *keys, *values, last, key_now, value_now, first, *(exact or (None, None, None)), *smoothing,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        query.shape[-1] ** -0.5 if scaling is None else scaling, *(rotation or (None, None, None)), packed_query,
     )  # fmt: skip
 
 
@@ -61,18 +65,22 @@ def _op(
     value_scales: Tensor, value_zeros: Tensor | None, last: Tensor, key_now: Tensor, value_now: Tensor,
     first: Tensor | None, exact_keys: Tensor | None, exact_values: Tensor | None, exact_seen: Tensor | None,
     key_shift: Tensor | None, key_scale: Tensor | None, value_shift: Tensor | None, value_scale: Tensor | None,
-    scaling: float,
+    scaling: float, cos: Tensor | None, sin: Tensor | None, near: Tensor | None, packed_query: Tensor | None,
 ) -> Tensor:  # fmt: skip
     keys, values = PackedTokens(key_codes, key_scales, key_zeros), PackedTokens(value_codes, value_scales, value_zeros)
     exact = _exact(exact_keys, exact_values, exact_seen)
-    _check(query, keys, values, last, key_now, value_now, first, exact)
+    check_step(query, keys, values, last, key_now, value_now, first, exact)
+    check_keys(query, keys, cos, sin, near, key_scale, packed_query)
     dim = query.shape[2]
     place = torch.arange(key_codes.shape[2], device=query.device)
     seen = place < last[:, None]
     if first is not None:
         seen &= place >= first[:, None]
+    past = _decoded(keys, dim, key_scale, None if packed_query is not None else key_shift)
+    if cos is not None and sin is not None:
+        past = _rotated(past, cos.float()[:, None], sin.float()[:, None])
     parts = [
-        (_decoded(keys, dim, key_scale, key_shift), _decoded(values, dim, value_scale, value_shift), seen),
+        (past, _decoded(values, dim, value_scale, value_shift), seen),
         (key_now[:, :, None], value_now[:, :, None], seen.new_ones(len(query), 1)),
     ]
     if exact is not None:
@@ -82,6 +90,12 @@ def _op(
     all_values = torch.cat([part.float() for _, part, _ in parts], dim=2).masked_fill(~counts[..., None], 0)
     grouped = query.float().unflatten(1, (key_now.shape[1], -1))
     scores = (grouped * scaling) @ all_keys.transpose(2, 3)
+    if packed_query is not None:
+        capacity = key_codes.shape[2]
+        own = packed_query.float().unflatten(1, (key_now.shape[1], -1)) @ past.transpose(2, 3)
+        if key_shift is not None:
+            own = own + grouped @ key_shift.float()[:, :, None]
+        scores = torch.cat([own * scaling, scores[..., capacity:]], dim=3)
     shares = scores.masked_fill(~counts[:, :, None], -math.inf).softmax(dim=-1)
     return (shares @ all_values).flatten(1, 2).to(query.dtype)
 
@@ -92,39 +106,50 @@ def _on_cuda(
     value_scales: Tensor, value_zeros: Tensor | None, last: Tensor, key_now: Tensor, value_now: Tensor,
     first: Tensor | None, exact_keys: Tensor | None, exact_values: Tensor | None, exact_seen: Tensor | None,
     key_shift: Tensor | None, key_scale: Tensor | None, value_shift: Tensor | None, value_scale: Tensor | None,
-    scaling: float,
+    scaling: float, cos: Tensor | None, sin: Tensor | None, near: Tensor | None, packed_query: Tensor | None,
 ) -> Tensor:  # fmt: skip
     keys, values = PackedTokens(key_codes, key_scales, key_zeros), PackedTokens(value_codes, value_scales, value_zeros)
     exact = _exact(exact_keys, exact_values, exact_seen)
-    _check(query, keys, values, last, key_now, value_now, first, exact)
+    check_step(query, keys, values, last, key_now, value_now, first, exact)
     smoothing = Smoothing(*(
         None if part is None else part.float().contiguous()
         for part in (key_shift, key_scale, value_shift, value_scale)
     ))  # fmt: skip
+    rotation = check_keys(query, keys, cos, sin, near, smoothing.key_scale, packed_query)
     query, key_now, value_now, last = (part.contiguous() for part in (query, key_now, value_now, last))
+    packed_query = None if packed_query is None else packed_query.contiguous()
     first = None if first is None else first.contiguous()
     if exact is not None and exact.seen is not None:
         exact = exact._replace(seen=exact.seen.contiguous())
     with torch.cuda.device_of(query):  # triton launches on the current device, which need not be where the query is
         (rows, query_heads, _), (_, kv_heads, capacity, _) = query.shape, keys.codes.shape
-        cut = cuts.choose(rows * kv_heads, capacity, cuts.processors(query.device), query_heads // kv_heads)
-        return launch(query, keys, values, last, key_now, value_now, first, exact, smoothing, scaling, cut)
+        together, turned = query_heads // kv_heads, rotation is not None
+        cut = cuts.choose(rows * kv_heads, capacity, cuts.processors(query.device), together, turned)
+        return launch(
+            query, keys, values, last, key_now, value_now, first, exact, smoothing, scaling, cut, rotation, packed_query
+        )
 
 
 def launch(
     query: Tensor, keys: PackedTokens, values: PackedTokens, last: Tensor, key_now: Tensor, value_now: Tensor,
     first: Tensor | None, exact: ExactTokens | None, smoothing: Smoothing, scaling: float, cut: cuts.Cut,
+    rotation: KeyRotation | None = None, packed_query: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` on the current GPU, cut up so. What is no cache is contiguous, and smoothing float32."""
     # imported here: triton exists only where there is something to run it on
     from halfbyte.kernels.kv_attention import hopper_decode, triton_combine, triton_decode
 
     decode = hopper_decode.decode
-    if cuts.obstacle(query.shape[1], query.shape[2], keys, values) or not cuts.has_async_copies(query.device):
+    if cuts.obstacle(query.shape[1], query.shape[2], keys, values, rotation) or not cuts.has_async_copies(query.device):
         decode, cut = triton_decode.decode, replace(cut, tokens=32, warps=4)
     score_scale = scaling / math.log(2)
     early = cuts.has_early_launches(query.device)
-    partial = decode(query, keys, values, last, first, smoothing.key_scale, score_scale, cut, early)
+    asking = query if packed_query is None else packed_query
+    partial = decode(
+        asking, keys, values, last, first, smoothing.key_scale, score_scale, cut, early, smoothing.key_shift, rotation
+    )
+    if rotation is not None:
+        smoothing = smoothing._replace(key_shift=None)  # turns with the keys: it is in their scores
     return triton_combine.combine(query, partial, key_now, value_now, exact, smoothing, score_scale, early)
 
 
@@ -134,11 +159,12 @@ def _shape_of(
     value_scales: Tensor, value_zeros: Tensor | None, last: Tensor, key_now: Tensor, value_now: Tensor,
     first: Tensor | None, exact_keys: Tensor | None, exact_values: Tensor | None, exact_seen: Tensor | None,
     key_shift: Tensor | None, key_scale: Tensor | None, value_shift: Tensor | None, value_scale: Tensor | None,
-    scaling: float,
+    scaling: float, cos: Tensor | None, sin: Tensor | None, near: Tensor | None, packed_query: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    del key_shift, key_scale, value_shift, value_scale, scaling  # a fake has its op's signature
+    del key_shift, value_shift, value_scale, scaling  # a fake has its op's signature
     keys, values = PackedTokens(key_codes, key_scales, key_zeros), PackedTokens(value_codes, value_scales, value_zeros)
-    _check(query, keys, values, last, key_now, value_now, first, _exact(exact_keys, exact_values, exact_seen))
+    check_step(query, keys, values, last, key_now, value_now, first, _exact(exact_keys, exact_values, exact_seen))
+    check_keys(query, keys, cos, sin, near, key_scale, packed_query)
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
@@ -165,66 +191,7 @@ def _decoded(tokens: PackedTokens, dim: int, scale: Tensor | None, shift: Tensor
     return values if shift is None else values + shift.float()[:, None]
 
 
-def _check(
-    query: Tensor, keys: PackedTokens, values: PackedTokens, last: Tensor, key_now: Tensor, value_now: Tensor,
-    first: Tensor | None, exact: ExactTokens | None,
-) -> None:  # fmt: skip
-    """Raise FormatError unless all parts are of one step."""
-    if query.dim() != 3 or query.dtype not in DTYPES:
-        raise FormatError(
-            f"the query is {query.dtype} {list(query.shape)}: give [batch, query_heads, dim] in one of {DTYPES}"
-        )
-    batch, query_heads, dim = query.shape
-    for name, tokens in (("keys", keys), ("values", values)):
-        _check_packed(name, tokens, batch, dim)
-    kv_heads = keys.codes.shape[1]
-    if keys.codes.shape[:3] != values.codes.shape[:3] or query_heads % kv_heads:
-        raise FormatError(
-            f"keys are {list(keys.codes.shape)}, values {list(values.codes.shape)}, and the query has {query_heads} heads: "
-            "give caches of one shape, and a multiple of their heads"
-        )
-    for name, now in (("key", key_now), ("value", value_now)):
-        if now.shape != (batch, kv_heads, dim) or now.dtype != query.dtype:
-            raise FormatError(
-                f"the current {name} is {now.dtype} {list(now.shape)}: give {[batch, kv_heads, dim]} in {query.dtype}"
-            )
-    for name, places in (("last", last), ("first", first)):
-        if places is not None and (places.shape != (batch,) or places.dtype not in (torch.int32, torch.int64)):
-            raise FormatError(f"{name} is {places.dtype} {list(places.shape)}: give {batch} integers, one for each row")
-    if exact is not None:
-        shape = (batch, kv_heads, exact.keys.shape[2] if exact.keys.dim() == 4 else -1, dim)
-        strides = exact.keys.stride() == exact.values.stride() and exact.keys[0, 0].is_contiguous()
-        if exact.keys.shape != shape or exact.values.shape != shape or not strides:
-            raise FormatError(
-                f"exact keys are {list(exact.keys.shape)}, values {list(exact.values.shape)}: give two that lie alike, "
-                f"[{batch}, {kv_heads}, tokens, {dim}], each head's tokens contiguous"
-            )
-        if exact.seen is not None and (exact.seen.shape != (batch, shape[2]) or exact.seen.dtype != torch.bool):
-            raise FormatError(
-                f"`seen` is {exact.seen.dtype} {list(exact.seen.shape)}: give booleans {[batch, shape[2]]}"
-            )
-
-
-def _check_packed(name: str, tokens: PackedTokens, batch: int, dim: int) -> None:
-    codes, scales, zeros = tokens
-    if codes.dim() != 4 or codes.dtype != torch.uint8 or codes.shape[0] != batch:
-        raise FormatError(
-            f"the codes of the {name} are {codes.dtype} {list(codes.shape)}: give uint8 [{batch}, kv_heads, capacity, bytes]"
-        )
-    bits = codes.shape[3] * 8 // dim
-    if not 1 <= bits <= 8 or bytes_for(dim, bits) != codes.shape[3]:
-        raise FormatError(
-            f"{codes.shape[3]} bytes a token are no codes of {dim} channels: pack them by code_bytes.pack"
-        )
-    groups = scales.shape[3] if scales.dim() == 4 else 0
-    if scales.shape != (*codes.shape[:3], groups) or not groups or dim % groups or scales.dtype != torch.float16:
-        raise FormatError(
-            f"the scales of the {name} are {scales.dtype} {list(scales.shape)}: give float16 {list(codes.shape[:3])} and "
-            f"as many groups as divide {dim}"
-        )
-    if zeros is not None and (
-        zeros.shape != scales.shape or zeros.dtype != scales.dtype or zeros.stride() != scales.stride()
-    ):
-        raise FormatError(f"the zeros of the {name} are {zeros.dtype} {list(zeros.shape)}: give them as the scales")
-    if any(part.numel() and not part[0, 0].is_contiguous() for part in (codes, scales)):
-        raise FormatError(f"tokens of the {name} lie apart: give codes and scales with each head's tokens contiguous")
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    low, high = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, x[..., 2 * half :]], dim=-1)

@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from halfbyte.kernels.kv_attention.tokens import PackedTokens
+from halfbyte.kernels.kv_attention.tokens import KeyRotation, PackedTokens
 
 CAPABILITY = 8  # Ampere's: asynchronous copies to shared memory
 MOST_SPLITS = 64
 FEWEST_TOKENS = 128  # of a split: one step
 RESIDENT = 4  # programs that a multiprocessor runs at once
+RESIDENT_TURNED = 8  # of one warp
+NEAR = 32  # tokens of a warp's step at most, where keys are turned
 ROUNDS = 3  # of programs that are tried
 GOOD = 0.85  # of a round, or of two or three
 
@@ -49,7 +51,9 @@ def empty_partial(query: Float[Tensor, "batch query_heads dim"], splits: int) ->
     )
 
 
-def obstacle(query_heads: int, dim: int, keys: PackedTokens, values: PackedTokens) -> str | None:
+def obstacle(
+    query_heads: int, dim: int, keys: PackedTokens, values: PackedTokens, rotation: KeyRotation | None = None
+) -> str | None:
     """Why `hopper_decode` cannot read such a cache; None where it can."""
     if dim not in (64, 128):
         return f"heads have {dim} channels, not 64 or 128"
@@ -67,6 +71,10 @@ def obstacle(query_heads: int, dim: int, keys: PackedTokens, values: PackedToken
     ]
     if strides[0] != strides[1] or any(tokens.codes.data_ptr() % 16 for tokens in (keys, values)):
         return "keys and values lie differently in memory"
+    if rotation is not None and keys.scales.shape[3] > 1:
+        return "keys before RoPE have more than one group"
+    if rotation is not None and (2 * rotation.cos.shape[2] != dim or rotation.near.shape[1] < NEAR):
+        return "not all channels are turned, or too few turns of tokens nearby are given"
     return None
 
 
@@ -76,19 +84,22 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose(rows: int, capacity: int, multiprocessors: int, together: int = 1) -> Cut:
+def choose(rows: int, capacity: int, multiprocessors: int, together: int = 1, turned: bool = False) -> Cut:
     """The cut for so many rows and key heads together, measured on an H200. `together`: query heads of a key head.
+    `turned`: keys are stored before RoPE.
 
     As many programs as run at once, or two or three times as many: a last round that is nearly empty costs as much as a
     full one. No length is asked for, since it is on the GPU: splits share what there is.
     """
-    slots = RESIDENT * multiprocessors
+    slots = (RESIDENT_TURNED if turned else RESIDENT) * multiprocessors
     least = -(-rows // slots)
     filled = {waves: slots * waves // rows for waves in range(least, least + ROUNDS)}
     good = [splits for waves, splits in filled.items() if splits * rows >= GOOD * slots * waves]
     wanted = good[0] if good else max(filled.values(), key=lambda splits: _share(splits * rows, slots))
     enough = min(-(-capacity // FEWEST_TOKENS), -(-multiprocessors // rows))
     splits = max(1, min(wanted, max(capacity // (2 * FEWEST_TOKENS), enough), MOST_SPLITS))
+    if turned:  # what turns the keys takes registers
+        return Cut(splits, tokens=32 if together <= 8 else 16, warps=1, stages=4)
     # twice the columns: 64 tokens would not fit the registers
     return Cut(splits) if together <= 8 else Cut(splits, tokens=32, stages=4)
 

@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from halfbyte.kernels.kv_attention.cuts import Cut, Partial, empty_partial
 from halfbyte.kernels.kv_attention.operands import (
     along,
+    as_channels,
     channel_of_key,
     channel_of_value,
     keys_operand,
@@ -41,7 +42,8 @@ from halfbyte.kernels.kv_attention.operands import (
     repeated,
     values_operand,
 )
-from halfbyte.kernels.kv_attention.tokens import PackedTokens
+from halfbyte.kernels.kv_attention.tokens import KeyRotation, PackedTokens
+from halfbyte.kernels.kv_attention.turned_keys import near_table, smoothing_of, turn, turned_scores
 
 # a name that changed between triton 3.6 and 3.9
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -83,16 +85,16 @@ def _query(
     query = gl.load(query_ptr + head * DIM + channel, mask=head < HEADS, other=0.0).to(gl.float32)
     if SCALED:
         query *= gl.load(key_scale_ptr + kv_head * DIM + channel)
-    return query.to(gl.float16)
+    return query
 
 
 @gluon.jit(do_not_specialize=["kv_heads"])
 def decode_kernel(
     query_ptr, key_scale_ptr, key_ptr, key_steps_ptr, key_zeros_ptr, value_ptr, value_steps_ptr, value_zeros_ptr,
-    first_ptr, last_ptr, sums_ptr, tops_ptr, totals_ptr,
-    kv_heads, codes_batch, codes_head, grids_batch, grids_head, score_scale, magic, magic_next,
+    first_ptr, last_ptr, sums_ptr, tops_ptr, totals_ptr, key_shift_ptr, cos_ptr, sin_ptr, near_ptr,
+    kv_heads, codes_batch, codes_head, grids_batch, grids_head, turns_batch, near_sines, score_scale, magic, magic_next,
     DIM: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, HAS_FIRST: tl.constexpr, SCALED: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_FIRST: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, TURNED: tl.constexpr,
     PTX: tl.constexpr, EARLY: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Strides in words and in grids; `score_scale` in units of log 2.
@@ -105,7 +107,9 @@ def decode_kernel(
         gdc_launch_dependents()
     magics = (magic, magic_next)
     WORDS: tl.constexpr = DIM // 8
-    KEY_WORDS: tl.constexpr = WORDS // KEY_GROUPS
+    # keys that are turned come in two parts, channels and those that they are turned with
+    KEY_PARTS: tl.constexpr = 2 if TURNED else KEY_GROUPS
+    KEY_WORDS: tl.constexpr = WORDS // KEY_PARTS
     VALUE_WORDS: tl.constexpr = WORDS // VALUE_GROUPS
     STEP: tl.constexpr = WARPS * TOKENS
     sums_in: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
@@ -153,7 +157,11 @@ def decode_kernel(
     key_zeros = key_zeros_ptr + grids_at * KEY_GROUPS
     value_steps = value_steps_ptr + grids_at * VALUE_GROUPS
     value_zeros = value_zeros_ptr + grids_at * VALUE_GROUPS
-    key_grids = _grids(key_steps, key_zeros, place, place < end, KEY_GROUPS, HAS_ZEROS)
+    key_place = place
+    if TURNED:
+        key_place = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, left))), 0) + begin
+        key_place += gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, left))), 1) * TOKENS
+    key_grids = _grids(key_steps, key_zeros, key_place, key_place < end, KEY_GROUPS, HAS_ZEROS)
     value_grids = _grids(value_steps, value_zeros, place, place < end, VALUE_GROUPS, HAS_ZEROS)
 
     # query operands, what the scores start from, and what a zero is worth
@@ -167,12 +175,31 @@ def decode_kernel(
     starts = ()
     worths = ()
     query_at = query_ptr + row.to(gl.int64) * (HEADS * DIM)
-    for g in gl.static_range(KEY_GROUPS):
-        query = _query(query_at, key_scale_ptr, kv_head, g, KEY_WORDS, HEADS, WIDE, DIM, SCALED, right)
-        query = query * gl.full((WARPS, 8 * KEY_WORDS, WIDE), 1.0, gl.float16, right)
+    for g in gl.static_range(KEY_PARTS):
+        query = _query(query_at, key_scale_ptr, kv_head, g, KEY_WORDS, HEADS, WIDE, DIM, SCALED and not TURNED, right)
+        if TURNED:
+            query = query * score_scale
+        query = query.to(gl.float16) * gl.full((WARPS, 8 * KEY_WORDS, WIDE), 1.0, gl.float16, right)
         queries = queries + (query,)
         starts = starts + (repeated(mma_v2(key_magic, query, empty16), TOKENS // 16, WARPS, WIDE, sums_in),)
         worths = worths + (repeated(mma_v2(ones, query, empty16) * score_scale, TOKENS // 16, WARPS, WIDE, sums_in),)
+
+    if TURNED:
+        HALF: tl.constexpr = DIM // 2
+        none = gl.full((WARPS, TOKENS, WIDE), 0.0, gl.float32, sums_in)
+        channel = channel_of_key(along(2, HALF, left), KEY_WORDS)
+        near = along(1, TOKENS, left) * HALF + channel
+        near_turns = near_table(near_ptr, near_sines, near, WARPS, TOKENS, HALF, left)
+        minus_magic = gl.where((along(2, HALF, left) >> 3 & 1) == 0, -1024.0, -64.0).to(gl.float16)
+        smoothing = smoothing_of(key_scale_ptr, key_shift_ptr, kv_head * DIM + channel, HALF, SCALED, SHIFTED, left)
+        # as words lie: a lane has neighbouring channels, of a token for each warp
+        as_words: tl.constexpr = gl.SliceLayout(
+            1, gl.BlockedLayout([1, 1, 2 * KEY_WORDS], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+        )
+        turn_at = batch.to(gl.int64) * turns_batch
+        turn_at += gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, as_words)), 0)
+        turn_token = begin + gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, as_words)), 1) * TOKENS
+        turns = turn(cos_ptr, sin_ptr, turn_at, turn_token, end, HALF)
 
     top = gl.full((WARPS, WIDE), NOTHING, gl.float32, gl.SliceLayout(1, sums_in))
     total = empty16
@@ -194,11 +221,28 @@ def decode_kernel(
         token += STEP
         seen = place < end
         place += STEP
-        next_key_grids = _grids(key_steps, key_zeros, place, place < end, KEY_GROUPS, HAS_ZEROS)
+        if TURNED:
+            key_place += STEP
+        else:
+            key_place = place
+        next_key_grids = _grids(key_steps, key_zeros, key_place, key_place < end, KEY_GROUPS, HAS_ZEROS)
         next_value_grids = _grids(value_steps, value_zeros, place, place < end, VALUE_GROUPS, HAS_ZEROS)
 
         key_tile = key_ring.index(slot).load(of_keys)
-        for g in gl.static_range(KEY_GROUPS):
+        if TURNED:
+            turn_token += STEP
+            next_turns = turn(cos_ptr, sin_ptr, turn_at, turn_token, end, HALF)
+            cos = as_channels(turns[0], WARPS, KEY_WORDS, right)
+            sin = as_channels(turns[1], WARPS, KEY_WORDS, right)
+            low = keys_operand(of_group(key_tile, 0, 2), magics, WARPS, TOKENS, KEY_WORDS, left)
+            high = keys_operand(of_group(key_tile, 1, 2), magics, WARPS, TOKENS, KEY_WORDS, left)
+            # the query turned back by the first token of each warp, its keys by what they are further
+            scores = turned_scores(
+                low, high, minus_magic, key_grids[0], smoothing, near_turns.index(0).load(left),
+                near_turns.index(1).load(left), queries, cos, sin, none, SCALED or SHIFTED, PTX,
+            )  # fmt: skip
+            turns = next_turns
+        for g in gl.static_range(0 if TURNED else KEY_GROUPS):
             key_codes = keys_operand(of_group(key_tile, g, KEY_GROUPS), magics, WARPS, TOKENS, KEY_WORDS, left)
             products = mma_v2(key_codes, queries[g], starts[g])
             key_step = key_grids[g][0].to(gl.float32) * score_scale
@@ -264,7 +308,8 @@ MAGIC, MAGIC_NEXT = 0x64006400, 0x54005400  # pairs of 1024 and of 64 in float16
 
 def decode(
     query: Tensor, keys: PackedTokens, values: PackedTokens, last: Tensor, first: Tensor | None,
-    key_scale: Tensor | None, score_scale: float, cut: Cut, early: bool, ptx: bool = True,
+    key_scale: Tensor | None, score_scale: float, cut: Cut, early: bool, key_shift: Tensor | None = None,
+    rotation: KeyRotation | None = None, ptx: bool = True,
 ) -> Partial:  # fmt: skip
     """All splits of a cache without `cuts.obstacle`."""
     batch, kv_heads = keys.codes.shape[:2]
@@ -276,13 +321,15 @@ def decode(
         query, query if key_scale is None else key_scale,
         keys.codes.view(torch.int32), keys.scales, keys.scales if keys.zeros is None else keys.zeros,
         values.codes.view(torch.int32), values.scales, values.scales if values.zeros is None else values.zeros,
-        last if first is None else first, last, *partial,
+        last if first is None else first, last, *partial, query if key_shift is None else key_shift,
+        *((query, query, query) if rotation is None else rotation),
         kv_heads, keys.codes.stride(0) // 4, keys.codes.stride(1) // 4,
         keys.scales.stride(0) // keys.scales.shape[3], keys.scales.stride(1) // keys.scales.shape[3],
+        0 if rotation is None else rotation.cos.stride(0), 0 if rotation is None else rotation.near.stride(0),
         score_scale, MAGIC, MAGIC_NEXT,
         dim, heads, 8 if heads <= 8 else 16, keys.scales.shape[3], values.scales.shape[3],
-        keys.zeros is not None, first is not None, key_scale is not None,
-        ptx, early, cut.tokens, cut.warps, cut.stages,
+        keys.zeros is not None, first is not None, key_scale is not None, key_shift is not None,
+        rotation is not None, ptx, early, cut.tokens, cut.warps, cut.stages,
         num_warps=cut.warps, launch_pdl=early, **options,
     )  # fmt: skip
     return partial

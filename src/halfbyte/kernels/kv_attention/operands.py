@@ -69,6 +69,14 @@ def keys_operand(words, magic, WARPS: tl.constexpr, TOKENS: tl.constexpr, WORDS:
 
 
 @gluon.jit
+def as_channels(x, WARPS: tl.constexpr, WORDS: tl.constexpr, operand: tl.constexpr):
+    """[WARPS, 8 · WORDS] for each channel as [WARPS, 8 · WORDS, 1] of the right operand, in the order of its inner axis."""
+    x = gl.reshape(x, (WARPS, 4, WORDS // 4, 2, 2, 2))  # lane, lane's words, half, far, next
+    x = gl.reshape(gl.permute(x, (0, 2, 4, 5, 1, 3)), (WARPS, 8 * WORDS))
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(2, operand), assert_trivial=True), 2)
+
+
+@gluon.jit
 def channel_of_key(k, WORDS: tl.constexpr):
     """The channel, within its group, at place k of the product's inner axis."""
     word = (k >> 1 & 3) * (WORDS // 4) + (k >> 5)

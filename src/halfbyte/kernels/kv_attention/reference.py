@@ -2,7 +2,8 @@
 
 WKVQuant, Yue et al., 2024 — https://arxiv.org/abs/2402.12065, past-only quantization
 
-    past      first .. last - 1 of the packed tokens      k̃ = (code · h + zero) · s + δ, per token and group
+    past      first .. last - 1 of the packed tokens      k̃ = (code · h + zero) · s + δ, per token and group; then RoPE,
+                                                          where keys are stored before it
     output    softmax(scaling · q·[k̃ of the past, exact keys, key now]) · [ṽ of the past, exact values, value now]
 """
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from halfbyte.kernels.kv_attention.tokens import NO_SMOOTHING, ExactTokens, PackedTokens, Smoothing
+from halfbyte.kernels.kv_attention.tokens import NO_SMOOTHING, ExactTokens, KeyRotation, PackedTokens, Smoothing
 
 
 def decoded(
@@ -34,6 +35,16 @@ def decoded(
     return values
 
 
+def rotated(
+    x: Float64[Tensor, "batch kv_heads capacity dim"], rotation: KeyRotation
+) -> Float64[Tensor, "batch kv_heads capacity dim"]:
+    """Keys before RoPE as they are after it."""
+    cos, sin = (part.double()[:, None] for part in rotation[:2])
+    half = cos.shape[-1]
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
+
+
 def attention(
     query: Float[Tensor, "batch query_heads dim"],
     keys: PackedTokens,
@@ -45,6 +56,8 @@ def attention(
     exact: ExactTokens | None = None,
     smoothing: Smoothing = NO_SMOOTHING,
     scaling: float | None = None,
+    rotation: KeyRotation | None = None,
+    packed_query: Float[Tensor, "batch query_heads dim"] | None = None,
 ) -> Float64[Tensor, "batch query_heads dim"]:
     """Decode attention of one token per row."""
     batch, query_heads, dim = query.shape
@@ -53,9 +66,10 @@ def attention(
     seen = place < last[:, None]
     if first is not None:
         seen &= place >= first[:, None]
+    past = decoded(keys, dim, smoothing.key_scale, smoothing.key_shift)
     parts = [
         (
-            decoded(keys, dim, smoothing.key_scale, smoothing.key_shift),
+            past if rotation is None else rotated(past, rotation),
             decoded(values, dim, smoothing.value_scale, smoothing.value_shift),
             seen,
         ),
@@ -74,6 +88,15 @@ def attention(
         ],
         dim=-1,
     )
+    if packed_query is not None:  # keys in other coordinates, which their shift is not
+        codes = decoded(keys, dim)
+        own = torch.einsum("bhgd,bhtd->bhgt", packed_query.double().unflatten(1, (-1, together)), codes)
+        if smoothing.key_shift is not None:
+            shifts = torch.einsum(
+                "bhgd,hd->bhg", query.double().unflatten(1, (-1, together)), smoothing.key_shift.double()
+            )
+            own = own + shifts[..., None]
+        scores[..., : codes.shape[2]] = own.masked_fill(~seen[:, None, None], -torch.inf)
     shares = (scores * (dim**-0.5 if scaling is None else scaling)).softmax(dim=-1)
     # a token that is not seen may hold anything, infinities too
     found = torch.cat([part.masked_fill(~counts[:, None, :, None], 0) for _, part, counts in parts], dim=2)

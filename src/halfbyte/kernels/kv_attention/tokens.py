@@ -31,4 +31,15 @@ class Smoothing(NamedTuple):
     value_scale: Float[Tensor, "kv_heads dim"] | None = None
 
 
+class KeyRotation(NamedTuple):
+    """RoPE of packed keys that are stored before it, channel i with i + half; what is beyond 2 · half stays.
+
+    Tokens that count follow each other: token t + j is turned as t is, and then by the j-th of `near`.
+    """
+
+    cos: Float[Tensor, "batch capacity half"]
+    sin: Float[Tensor, "batch capacity half"]
+    near: Float[Tensor, "2 near half"]  # cosines and sines of no scale, for 0, 1, ... tokens further
+
+
 NO_SMOOTHING = Smoothing()
