@@ -120,6 +120,31 @@ def test_shared_blocks_leave_the_counters_as_they_were(block: Block, kind: Kind)
     assert torch.equal(launch(given, block), first)
 
 
+@pytest.mark.parametrize(
+    "block", [Block(16, 2, 1, 2, 2, True), Block(8, 1, 1, 1, 4, False, split=2), Folded(4, 2, 1, 2, 2)], ids=str
+)
+def test_few_tokens_take_rows_to_add(block: Block | Folded) -> None:
+    given = problem("integer", 3, 72, 768)
+    wide = torch.randn(3, 80, generator=torch.Generator().manual_seed(1))
+    given = given._replace(bias=wide[:, 3:75])  # with a stride of their own
+    kernel = FOLDED if isinstance(block, Folded) else KERNEL
+    y = kernel.matmul(given.x, given.x_scales, given.weight, given.bias, torch.float16, block)
+    assert_close(y, given.expected().half())
+    assert isinstance(block, Folded) or blocks.adds_rows(block)
+
+
+def test_rows_are_added_to_what_many_tokens_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem("integer", 40, 72, 256)
+    rows, block = torch.randn(40, 72, generator=torch.Generator().manual_seed(1)).half(), Block(64, 2, 1, 1, 2, True)
+    assert not blocks.adds_rows(block)
+    monkeypatch.setattr(blocks, "matmul", KERNEL.matmul)
+    y = tensor_cores.launch(given.x, given.x_scales, given.weight, rows, torch.float16, block)
+    expected = given._replace(bias=None).expected().half() + rows
+    assert_close(y, expected)
+    op = tensor_cores.matmul(given.x, given.x_scales, given.weight, rows, torch.float16)
+    assert_close(op, given._replace(bias=rows).expected().half())
+
+
 @pytest.mark.parametrize("kind", ["integer", "weight"])
 @pytest.mark.parametrize("block", [Block(16, 1, 1, 2, 2, True), Block(16, 1, 1, 2, 2, False, split=2)], ids=str)
 def test_sums_of_integers_are_exact(kind: Kind, block: Block) -> None:
@@ -261,6 +286,8 @@ def test_scales_that_do_not_fit_their_kind_are_refused(kind: Kind, scales: Tenso
         ({"x": torch.zeros(3, 128, dtype=torch.int8)}, "128 inputs and the weight 256"),
         ({"x_scales": torch.ones(4)}, "3 tokens"),
         ({"bias": torch.zeros(71)}, "72 outputs"),
+        ({"bias": torch.zeros(2, 72)}, "72 outputs"),
+        ({"bias": torch.zeros(72, 3).T}, "side by side"),
         ({"dtype": torch.float32}, "cannot be torch.float32"),
         ({"weight": replace(problem("integer", 1, 72, 256).weight, counters=torch.zeros(1))}, "not of one weight"),
         ({"weight": replace(problem("integer", 1, 72, 256).weight, row_scales=torch.zeros(200))}, "200 outputs"),

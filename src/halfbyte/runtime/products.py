@@ -122,6 +122,8 @@ class TensorCoreProduct:
     ) -> Tensor:
         """See Product."""
         scales = found.scales.expand(len(found.codes), 1).flatten()
+        if residual is not None and bias is None and residual.stride(-1) == 1:
+            return tensor_cores.matmul(found.codes, scales, self.weight, residual, dtype)
         y = tensor_cores.matmul(found.codes, scales, self.weight, bias, dtype)
         return y if residual is None else residual + y
 

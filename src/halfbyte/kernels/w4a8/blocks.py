@@ -117,7 +117,7 @@ def _load(
 @gluon.jit
 def _multiply(
     worker: tl.constexpr, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-    row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+    row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
     KIND: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
     WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
     SPLIT: tl.constexpr, BESIDE: tl.constexpr, PARTS: tl.constexpr,
@@ -204,12 +204,17 @@ def _multiply(
                 x_scales = gl.load(x_scales_ptr + token, mask=token < tokens, other=0.0)
                 row_scales = gl.load(row_scales_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0)
             y = total.to(gl.float32) * x_scales * row_scales
-            if HAS_BIAS:
-                y += gl.load(bias_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0).to(gl.float32)
             if FEW:
-                at = token.to(gl.int64) * outs + tile * 64 + n
-                gl.store(y_ptr + at, y.to(dtype), mask=(token < tokens) & (tile * 64 + n < outs))
+                inside_y = (token < tokens) & (tile * 64 + n < outs)
+                if HAS_BIAS:
+                    added = gl.load(
+                        bias_ptr + token.to(gl.int64) * bias_stride + tile * 64 + n, mask=inside_y, other=0.0
+                    )
+                    y += added.to(gl.float32)
+                gl.store(y_ptr + token.to(gl.int64) * outs + tile * 64 + n, y.to(dtype), mask=inside_y)
             else:
+                if HAS_BIAS:
+                    y += gl.load(bias_ptr + tile * 64 + n, mask=tile * 64 + n < outs, other=0.0).to(gl.float32)
                 tma.store_wait(0)
                 barrier()
                 y_stage.index(worker).permute((1, 0)).store(y.to(dtype))
@@ -220,10 +225,10 @@ def _multiply(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tokens", "outs", "blocks_m", "blocks_n", "steps", "steps_of_group"])
+@gluon.jit(do_not_specialize=["bias_stride", "tokens", "outs", "blocks_m", "blocks_n", "steps", "steps_of_group"])
 def _blocks_kernel(
-    x_tiles, words_tiles, scales_tiles, y_tiles, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr, partial_ptr, counters_ptr,
-    tokens, outs, blocks_m, blocks_n, steps, steps_of_group, signs,
+    x_tiles, words_tiles, scales_tiles, y_tiles, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr, bias_stride, partial_ptr,
+    counters_ptr, tokens, outs, blocks_m, blocks_n, steps, steps_of_group, signs,
     KIND: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr, BESIDE: tl.constexpr, REGISTERS: tl.constexpr,
@@ -254,7 +259,7 @@ def _blocks_kernel(
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
@@ -265,11 +270,11 @@ def _blocks_kernel(
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_multiply, (
             W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
@@ -280,19 +285,19 @@ def _blocks_kernel(
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_multiply, (
             W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_multiply, (
             W2, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_multiply, (
             W3, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
@@ -301,10 +306,20 @@ def _blocks_kernel(
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
+def adds_rows(block: Block) -> bool:
+    """Whether results go to memory from registers, so that rows may be added to them."""
+    return block.block_m <= 16
+
+
+def added(y: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+    """What a kernel is told of the bias: where it is, and how far it is from token to token."""
+    return (y, 0) if bias is None else (bias, bias.stride(0) if bias.dim() == 2 else 0)
+
+
 def matmul(
     x: Tensor, x_scales: Tensor, weight: PreparedWeight, bias: Tensor | None, dtype: torch.dtype, block: Block
 ) -> Tensor:
-    """x · Wᵀ + bias in float16 or bfloat16; rows of x start on 16 bytes."""
+    """x · Wᵀ + bias in float16 or bfloat16; rows of x start on 16 bytes. `adds_rows` says where bias may be [tokens, out]."""
     (tokens, ins), (out_tiles, in_tiles, _) = x.shape, weight.words.shape
     y = torch.empty(tokens, weight.outs, dtype=dtype, device=x.device)
     units = units_of(block.units, weight.group_size, ins)
@@ -336,7 +351,7 @@ def matmul(
             weight.pairs, list(weight.pairs.shape), [weight.pairs.shape[1], 1], [parts, tiles * 32], of_scales
         ),
         TensorDescriptor(y, [tokens, weight.outs], [weight.outs, 1], [block.block_m, block.each * 64], of_y),
-        y, x_scales, weight.row_scales, y if bias is None else bias, partial, weight.counters,
+        y, x_scales, weight.row_scales, *added(y, bias), partial, weight.counters,
         tokens, weight.outs, blocks_m, blocks_n, steps, max(weight.group_size // (units * GROUP), 1), SIGNS,
         KINDS[weight.kind], weight.sixteenfold, bias is not None,
         block.block_m, block.workers, block.each, units, parts, block.stages, shared, split, block.beside,

@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from halfbyte.kernels.w4a8.blocks import KINDS, SIGNS
+from halfbyte.kernels.w4a8.blocks import KINDS, SIGNS, added
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
 from halfbyte.kernels.w4a8.sums import FLOAT, WEIGHT, after, of_rows, operand
 from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Folded
@@ -142,7 +142,7 @@ def _add_turns(
 @gluon.jit
 def _multiply(
     worker: tl.constexpr, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr,
-    bias_ptr, tokens, outs, steps, signs,
+    bias_ptr, bias_stride, tokens, outs, steps, signs,
     KIND: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, WORKERS: tl.constexpr,
     UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -172,14 +172,16 @@ def _multiply(
             total += left.index(other + 1).slice(0, 32, 0).slice(0, TOKENS, 1).load(of_y)
             total += left.index(other + 1).slice(32, 32, 0).slice(TOKENS, TOKENS, 1).load(of_y)
         y = total.to(gl.float32) * x_scales * row_scales
+        inside = (m < tokens) & (n < outs)
         if HAS_BIAS:
-            y += gl.load(bias_ptr + n, mask=n < outs, other=0.0).to(gl.float32)
-        gl.store(y_ptr + m.to(gl.int64) * outs + n, y.to(y_ptr.dtype.element_ty), mask=(m < tokens) & (n < outs))
+            y += gl.load(bias_ptr + m.to(gl.int64) * bias_stride + n, mask=inside, other=0.0).to(gl.float32)
+        gl.store(y_ptr + m.to(gl.int64) * outs + n, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["tokens", "outs", "steps"])
+@gluon.jit(do_not_specialize=["bias_stride", "tokens", "outs", "steps"])
 def _folded_kernel(
-    x_tiles, words_tiles, scales_tiles, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr, tokens, outs, steps, signs,
+    x_tiles, words_tiles, scales_tiles, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr, bias_stride, tokens, outs, steps,
+    signs,
     KIND: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, WORKERS: tl.constexpr,
     UNITS: tl.constexpr, STAGES: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +206,7 @@ def _folded_kernel(
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
-            tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
+            bias_stride, tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
             TOKENS, UNITS, STAGES,
@@ -214,10 +216,10 @@ def _folded_kernel(
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
-            tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
+            bias_stride, tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
         )), (_multiply, (
             W1, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
-            tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
+            bias_stride, tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
             TOKENS, UNITS, STAGES,
@@ -228,7 +230,7 @@ def _folded_kernel(
 def matmul(
     x: Tensor, x_scales: Tensor, weight: PreparedWeight, bias: Tensor | None, dtype: torch.dtype, folded: Folded
 ) -> Tensor:
-    """x · Wᵀ + bias for at most `folded.tokens` tokens and groups of 128; rows of x start on 16 bytes."""
+    """x · Wᵀ + bias ([out] or [tokens, out]) for at most `folded.tokens` tokens, groups of 128; rows of x start on 16 bytes."""
     (tokens, ins), (out_tiles, in_tiles, _) = x.shape, weight.words.shape
     y = torch.empty(tokens, weight.outs, dtype=dtype, device=x.device)
     units = folded.units
@@ -245,7 +247,7 @@ def matmul(
             weight.pairs, list(weight.pairs.shape), [weight.pairs.shape[1], 1], [units * 2, 16],
             gl.NVMMASharedLayout(0, 32, 2),
         ),
-        y, x_scales, weight.row_scales, y if bias is None else bias,
+        y, x_scales, weight.row_scales, *added(y, bias),
         tokens, weight.outs, triton.cdiv(ins, units * 2 * GROUP), SIGNS,
         KINDS[weight.kind], weight.sixteenfold, bias is not None,
         folded.tokens, folded.workers, units, folded.stages, folded.worker_registers,

@@ -104,10 +104,13 @@ def matmul(
     x: Int8[Tensor, "tokens in"],
     x_scales: Float[Tensor, "tokens"],
     weight: PreparedWeight,
-    bias: Float[Tensor, "out"] | None = None,
+    bias: Float[Tensor, "out"] | Float[Tensor, "tokens out"] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "tokens out"]:
-    """(x · x_scales) · Wᵀ + bias in `dtype`, float16 or bfloat16. Raises WeightError where x does not fit the weight."""
+    """(x · x_scales) · Wᵀ + bias in `dtype`, float16 or bfloat16. Raises WeightError where x does not fit the weight.
+
+    A bias with a row for each token is what skips the layer; for more than a few tokens it is added to the rounded product.
+    """
     return _op(
         x, x_scales, weight.words, weight.pairs, weight.row_scales, weight.counters, weight.kind, weight.group_size,
         weight.sixteenfold, bias, dtype,
@@ -149,6 +152,8 @@ def launch(
 
     if isinstance(tiling, tilings.Folded):
         return folded.matmul(x, x_scales, weight, bias, dtype, tiling)
+    if bias is not None and bias.dim() == 2 and not blocks.adds_rows(tiling):
+        return blocks.matmul(x, x_scales, weight, None, dtype, tiling) + bias
     return blocks.matmul(x, x_scales, weight, bias, dtype, tiling)
 
 
@@ -194,8 +199,9 @@ def _checked(
     shapes = words.shape[:2], pairs.shape[1], counters.shape
     if shapes != ((out_tiles, int8_tiles.in_tiles_for(weight.ins)), out_tiles * 32, (COUNTERS * out_tiles,)):
         raise WeightError(f"the parts are not of one weight with {weight.outs} outputs: take what `prepare` made")
-    if bias is not None and bias.shape != (weight.outs,):
+    if bias is not None and (bias.shape not in ((weight.outs,), (x.shape[0], weight.outs)) or bias.stride(-1) != 1):
         raise WeightError(
-            f"the bias is {list(bias.shape)}, but there are {weight.outs} outputs: give one number for each"
+            f"the bias is {list(bias.shape)}, but there are {weight.outs} outputs: give one number for each, or a row of "
+            "them for each token, side by side"
         )
     return weight
