@@ -7,7 +7,7 @@ from cached_models import FORMATS, with_cache
 from closeness import relative_error
 from halfbyte.errors import ModelError
 from halfbyte.runtime.cache import QuantizedCache
-from halfbyte.runtime.decoder import Decoder, compiled_layers
+from halfbyte.runtime.decoder import Decoder, compiled_parts, parts_of
 from tiny_models import tiny, tokens
 
 
@@ -84,12 +84,13 @@ def test_what_has_no_room_is_refused():
         Decoder(model, 1, 10**6)
 
 
-def test_layers_have_their_own_forward_again_after_compiling():
+def test_parts_have_their_own_forward_again_after_compiling():
     model = tiny("llama")
-    layers = list(model.model.layers)
-    mark = layers[0].forward
-    layers[1].forward = mark  # as a fused layer has one of its own
-    with compiled_layers(layers):
-        assert layers[0].forward is not mark
-    assert "forward" not in layers[0].__dict__
-    assert layers[1].__dict__["forward"] is mark
+    parts = parts_of(model)
+    assert parts == [*model.model.layers, model.model.norm, model.model.rotary_emb]
+    mark = parts[0].forward
+    parts[1].forward = mark  # as a fused layer has one of its own
+    with compiled_parts(parts):
+        assert parts[0].forward is not mark
+    assert "forward" not in parts[0].__dict__
+    assert parts[1].__dict__["forward"] is mark

@@ -1,7 +1,7 @@
 """Greedy decoding with nothing between two tokens but one CUDA graph.
 
     prompt  ─► the model's forward ─► first token; keys and values in a cache of fixed size
-    step    ─► layers compiled one by one, head, argmax, the token and its position moved on
+    step    ─► layers and norms compiled one by one, head, argmax, the token and its position moved on
 
 Each is recorded once and replayed: the prefill for prompts of the length that `record` was told, others run as they are.
 
@@ -35,9 +35,9 @@ WARM_UP = 3  # steps before the recording: the first compiles
 class Decoder:
     """Continues prompts of one length, `batch` at a time, to at most `capacity` tokens, prompt included.
 
-    `compiled`: what torch leaves between our kernels is fused by torch.compile, a layer at a time. The model must be a
-    causal one that takes a StaticCache, and stays as it is. With a cache plan, one that `reading_codes` takes; then so
-    many prompts may be read at a time, `prompts_at_once`, as memory allows.
+    `compiled`: what torch leaves between our kernels is fused by torch.compile, one of `parts_of` the model at a time. The
+    model must be a causal one that takes a StaticCache, and stays as it is. With a cache plan, one that `reading_codes`
+    takes; then so many prompts may be read at a time, `prompts_at_once`, as memory allows.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prefill_graph: torch.cuda.CUDAGraph | None = None
         self._prompts = self._token
-        self._layers = list(model.get_submodule(find_blocks(model))) if compiled else []
+        self._parts = parts_of(model) if compiled else []
 
     @torch.no_grad()
     def prefill(self, prompts: Int64[Tensor, "batch length"]) -> Int64[Tensor, "batch"]:
@@ -133,7 +133,7 @@ class Decoder:
     def record_step(self) -> "Decoder":
         """Compile and record a step alone; it goes on from the tokens in the cache, and adds a few. Not on a CPU."""
         if self._token.device.type == "cuda":
-            with compiled_layers(self._layers):
+            with compiled_parts(self._parts):
                 self._graph = recorded(self._step, times=WARM_UP)
         return self
 
@@ -169,19 +169,26 @@ def recorded(work: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def parts_of(model: Any) -> list[nn.Module]:
+    """What is compiled, each on its own: the layers, and what stands beside them but embeddings."""
+    path = find_blocks(model)
+    layers, beside = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0]).children()
+    return [*layers, *(part for part in beside if part is not layers and not isinstance(part, nn.Embedding))]
+
+
 @contextmanager
-def compiled_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Every layer's forward through torch.compile, and afterwards as it was."""
+def compiled_parts(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Every part's forward through torch.compile, and afterwards as it was."""
     dynamo: Any = importlib.import_module("torch._dynamo.config")
-    before, limit = [layer.__dict__.get("forward") for layer in layers], dynamo.recompile_limit
-    dynamo.recompile_limit = max(limit, 2 * len(layers) + 8)  # a layer's place in the cache is a constant of its code
+    before, limit = [part.__dict__.get("forward") for part in parts], dynamo.recompile_limit
+    dynamo.recompile_limit = max(limit, 2 * len(parts) + 8)  # a layer's place in the cache is a constant of its code
     try:
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+        for part in parts:
+            part.forward = torch.compile(part.forward, dynamic=False)
         yield
     finally:
         dynamo.recompile_limit = limit
-        for layer, forward in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
+        for part, forward in zip(parts, before, strict=True):
+            part.__dict__.pop("forward", None)
             if forward is not None:
-                layer.forward = forward
+                part.forward = forward
