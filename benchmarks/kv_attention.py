@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from halfbyte.kernels import kv_attention as kv
+from halfbyte.kernels.device import processors
 from halfbyte.kernels.kv_attention import cuts, reference
 from halfbyte.kernels.kv_attention.cuts import Cut
 
@@ -247,7 +248,7 @@ def measure(point: Point, kernels: list[Cut] | None) -> Row | None:
     expected = cases[0].rows(few).expected()
     times: list[tuple[float, float, Cut]] = []
     chosen = cuts.choose(
-        point.batch * point.kv_heads, point.context, cuts.processors(torch.device(DEVICE, 0)),
+        point.batch * point.kv_heads, point.context, processors(torch.device(DEVICE, 0)),
         point.query_heads // point.kv_heads, point.turned,
     )  # fmt: skip
     for cut in [chosen] if kernels is None else candidates(point, kernels):

@@ -15,7 +15,7 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """With three multiprocessors, so that a few tiles already make several rounds."""
     for row_bytes, bits in ((128, 8), (128, 32), (64, 16)):
         triton_hopper._tiled(row_bytes, bits)  # layouts are remembered; the emulation has none
-    monkeypatch.setattr(triton_hopper, "_processors", lambda device: 3)
+    monkeypatch.setattr(triton_hopper, "processors", lambda device: 3)
     gluon_emulation.emulate(triton_hopper, "_int8_matmul_kernel", monkeypatch)
 
 

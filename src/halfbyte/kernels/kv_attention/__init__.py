@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from halfbyte.kernels.device import overlaps, processors
 from halfbyte.kernels.kv_attention import cuts
 from halfbyte.kernels.kv_attention.checks import check_keys, check_step
 from halfbyte.kernels.kv_attention.tokens import NO_SMOOTHING, ExactTokens, KeyRotation, PackedTokens, Smoothing
@@ -124,7 +125,7 @@ def _on_cuda(
     with torch.cuda.device_of(query):  # triton launches on the current device, which need not be where the query is
         (rows, query_heads, _), (_, kv_heads, capacity, _) = query.shape, keys.codes.shape
         together, turned = query_heads // kv_heads, rotation is not None
-        cut = cuts.choose(rows * kv_heads, capacity, cuts.processors(query.device), together, turned)
+        cut = cuts.choose(rows * kv_heads, capacity, processors(query.device), together, turned)
         return launch(
             query, keys, values, last, key_now, value_now, first, exact, smoothing, scaling, cut, rotation, packed_query
         )
@@ -143,7 +144,7 @@ def launch(
     if cuts.obstacle(query.shape[1], query.shape[2], keys, values, rotation) or not cuts.has_async_copies(query.device):
         decode, cut = triton_decode.decode, replace(cut, tokens=32, warps=4)
     score_scale = scaling / math.log(2)
-    early = cuts.has_early_launches(query.device)
+    early = overlaps(query)
     asking = query if packed_query is None else packed_query
     partial = decode(
         asking, keys, values, last, first, smoothing.key_scale, score_scale, cut, early, smoothing.key_shift, rotation

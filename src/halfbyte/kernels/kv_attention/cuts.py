@@ -1,7 +1,6 @@
 """How decode attention is cut up into programs, and what a program leaves behind."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -78,12 +77,6 @@ def obstacle(
     return None
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def choose(rows: int, capacity: int, multiprocessors: int, together: int = 1, turned: bool = False) -> Cut:
     """The cut for so many rows and key heads together, measured on an H200. `together`: query heads of a key head.
     `turned`: keys are stored before RoPE.
@@ -112,8 +105,3 @@ def _share(programs: int, slots: int) -> float:
 def has_async_copies(device: torch.device) -> bool:
     """Whether `hopper_decode` runs there."""
     return torch.cuda.get_device_capability(device)[0] >= CAPABILITY
-
-
-def has_early_launches(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it ends ("programmatic dependent launch")."""
-    return torch.cuda.get_device_capability(device)[0] >= 9

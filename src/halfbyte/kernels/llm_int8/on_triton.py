@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.device import overlaps as may_overlap
 from halfbyte.kernels.llm_int8 import triton_matmul, triton_split
-from halfbyte.kernels.token_quantize.strip import overlaps as may_overlap
 from halfbyte.kernels.token_quantize.triton_pointwise import pointwise_quantize
 
 

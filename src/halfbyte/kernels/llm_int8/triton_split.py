@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.device import processors
 from halfbyte.kernels.token_quantize.triton_codes import as_float32, encode, grid_of, widened
 
 LANES = 32
@@ -144,7 +145,7 @@ def split(
     codes, scales, zeros = _outputs(x, symmetric)
     columns = torch.empty(ins + 1, dtype=torch.int32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
-    strip = strip or strip_for(tokens, ins, x.itemsize, _processors(x))
+    strip = strip or strip_for(tokens, ins, x.itemsize, processors(x.device))
     _split_kernel[(strip.programs,)](
         x, codes, scales, zeros, scratch.view(torch.int8), scratch[-1:], columns, x,
         tokens, ins, x.stride(0), threshold,
@@ -163,7 +164,7 @@ def split_static(
     codes, scales, zeros = _outputs(x, symmetric)
     outliers = torch.empty(tokens, gathered, dtype=x.dtype, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
-    strip = strip or strip_for(tokens, ins, x.itemsize, _processors(x))
+    strip = strip or strip_for(tokens, ins, x.itemsize, processors(x.device))
     _split_kernel[(strip.programs,)](
         x, codes, scales, zeros, is_outlier, columns, columns, outliers,
         tokens, ins, x.stride(0), 0.0,
@@ -180,7 +181,3 @@ def _outputs(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     return codes, scales, torch.empty(0 if symmetric else tokens, dtype=torch.int32, device=x.device)
-
-
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from halfbyte.kernels.device import overlaps, processors
+
 TOKENS = 64  # that a program has at once where each head of keys has its own query
 PROGRAMS = 4  # a multiprocessor's
 MOST_SPLITS = 32
@@ -119,9 +121,9 @@ def _token_attention_kernel(
                 tl.store(y_ptr + (row * heads + head * TOGETHER + i) * DIM + d, y.to(dtype))
 
 
-def splits_for(places: int, capacity: int, processors: int) -> int:
+def splits_for(places: int, capacity: int, multiprocessors: int) -> int:
     """Into how many runs the tokens of each row and head are cut: enough for the chip, none shorter than TOKENS."""
-    return max(1, min(-(-capacity // TOKENS), PROGRAMS * processors // places, MOST_SPLITS))
+    return max(1, min(-(-capacity // TOKENS), PROGRAMS * multiprocessors // places, MOST_SPLITS))
 
 
 def attend_token(
@@ -131,10 +133,8 @@ def attend_token(
     """y [batch, heads · dim]. `splits` in place of `splits_for`."""
     batch, kv_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    early = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (9, 0)
-    if splits is None:
-        processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count if qkv.is_cuda else 1
-        splits = splits_for(batch * kv_heads, capacity, processors)
+    early = overlaps(qkv)
+    splits = splits or splits_for(batch * kv_heads, capacity, processors(qkv.device))
     y = qkv.new_empty(batch, heads * dim)
     sums = torch.empty(batch * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=qkv.device)
     tops = torch.empty(batch * heads * splits * 2 if splits > 1 else 1, dtype=torch.float32, device=qkv.device)

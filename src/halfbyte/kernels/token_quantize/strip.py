@@ -1,10 +1,10 @@
 """How tokens are dealt out to the programs of a launch."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-from torch import Tensor
+
+from halfbyte.kernels.device import processors
 
 LANES = 32
 ELEMENTS_OF_LOAD = 8  # 16 bytes of 16-bit numbers
@@ -46,14 +46,4 @@ def in_turns(tokens: int, ins: int, bytes_of_token: int, device: torch.device) -
         return strip
     warps = 2 if ins <= 2048 else 4 if ins <= 8192 else 8 if ins <= 16384 else 16
     block = warps * LANES * ELEMENTS_OF_LOAD
-    return Strip(min(tokens, 32 // warps * _processors(device)), 1, block, -(-ins // block), warps, 2)
-
-
-def overlaps(x: Tensor) -> bool:
-    """Whether a launch may begin before the one ahead of it ends ("programmatic dependent launch"): from Hopper on."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return Strip(min(tokens, 32 // warps * processors(device)), 1, block, -(-ins // block), warps, 2)

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.token_quantize.strip import Strip, at_once, in_turns, overlaps
+from halfbyte.kernels.device import overlaps
+from halfbyte.kernels.token_quantize.strip import Strip, at_once, in_turns
 from halfbyte.kernels.token_quantize.triton_codes import as_float32, encode, grid_of, rounded, widened
 
 

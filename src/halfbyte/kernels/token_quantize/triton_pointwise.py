@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.token_quantize.strip import Strip, at_once, overlaps
+from halfbyte.kernels.device import overlaps
+from halfbyte.kernels.token_quantize.strip import Strip, at_once
 from halfbyte.kernels.token_quantize.triton_codes import (
     as_float32,
     encode,

@@ -38,9 +38,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from halfbyte.kernels.device import processors
 from halfbyte.kernels.w4a16.codes import plus_magic
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight, magics
-from halfbyte.kernels.w4a16.tilings import EARLY, Block, processors, run_of
+from halfbyte.kernels.w4a16.tilings import EARLY, Block, run_of
 
 # names that changed between triton 3.6 and 3.9
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

@@ -1,9 +1,6 @@
 """How the launches of the prepared kernels are cut up: tables measured once, by `benchmarks/w4a16.py --search`."""
 
 from dataclasses import dataclass
-from functools import cache
-
-import torch
 
 EARLY = True  # a launch may start to fetch its weight while the kernel before it ends ("programmatic dependent launch")
 
@@ -88,9 +85,3 @@ def stream_tokens(outs: int) -> int:
 def run_of(run: int, group_size: int, ins: int) -> int:
     """How many tiles of 64 inputs a step has, at most `run`, for groups to end with steps. A single group ends nowhere."""
     return run if group_size == ins or group_size % (run * 64) == 0 else 1
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -37,9 +37,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from halfbyte.kernels.device import processors
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
 from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, after, by_lanes, by_rows
-from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Block, processors, units_of
+from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Block, units_of
 from halfbyte.kernels.w4a8.turns import place, run_of, share_of, steps_each
 
 SIGNS = -0x7F7F7F80  # 0x80808080 as int32

@@ -1,10 +1,7 @@
 """How the launches of the prepared W4A8 kernels are cut up; `benchmarks/w4a8.py --search` finds out."""
 
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
-
-import torch
 
 EARLY = True  # a launch may start to fetch its weight while the kernel before it ends ("programmatic dependent launch")
 REGISTERS = 65536  # of a multiprocessor
@@ -140,9 +137,3 @@ def fills(blocks: int, residents: int) -> bool:
 def units_of(units: int, group_size: int, ins: int) -> int:
     """How many times 128 inputs a step has, `units` or 1, for groups and the last step to end with steps."""
     return units if (ins if group_size == GROUP else group_size) % (units * GROUP) == 0 else 1
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

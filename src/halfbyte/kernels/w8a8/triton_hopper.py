@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from halfbyte.kernels.device import processors
 from halfbyte.kernels.w8a8 import tiling
 from halfbyte.kernels.w8a8.tiling import Cut
 
@@ -210,11 +211,6 @@ def _int8_matmul_kernel(
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _tiled(row_bytes: int, bits: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=row_bytes, element_bitwidth=bits, rank=2)
 
@@ -239,7 +235,7 @@ def int8_matmul(
     cut = cut or tiling.cut_for(tokens, outs, ins)
     rows, columns = tiling.tiles(tokens, outs, cut)
     codes, results = _tiled(min(cut.block_k, 128), 8), _tiled(int(SUB) * dtype.itemsize, 8 * dtype.itemsize)
-    _int8_matmul_kernel[(min(rows * columns, _processors(x.device)),)](
+    _int8_matmul_kernel[(min(rows * columns, processors(x.device)),)](
         TensorDescriptor.from_tensor(x, [int(ROWS), cut.block_k], codes),
         TensorDescriptor.from_tensor(weight, [cut.block_n, cut.block_k], codes),
         TensorDescriptor.from_tensor(y, [int(ROWS), int(SUB)], results),
