@@ -1,11 +1,11 @@
 """How fast whole models read and write on the GPU of this machine, quantized and not.
 
-    python benchmarks/end_to_end.py --shape llama-2-7b --recipes rtn-w4a16 rtn-w8a8 --json end_to_end.json
+    python benchmarks/end_to_end.py --shape llama-2-7b --recipes rtn-w4a16 integer-scale-w4a8:int4 --json end_to_end.json
 
 Weights are random. Every row is what `halfbyte bench` measures: prompts of 512 tokens, 128 new ones, decoding from a
 CUDA graph with a static cache and layers that went through torch.compile, in bf16 and quantized alike. For the model in
-bf16 transformers' own `generate` stands beside it. A process for each recipe; they compile side by side and measure in
-turns.
+bf16 transformers' own `generate` stands beside it. Behind a recipe's name and a colon stands the format of its cache. A
+process for each recipe; they compile a batch side by side and then measure it in turns.
 """
 
 import argparse
@@ -22,28 +22,50 @@ import torch._inductor.config as inductor
 
 from halfbyte.runtime.bench import bench, opened_or_random, seconds
 
+BF16 = ""
 STOCK_TOKENS = 16
 
 
-def work_on(recipe: str | None, options: argparse.Namespace, turn: Any, rows: Any) -> None:
+class Turn:
+    """One process's turn to measure a batch: nobody begins before all are ready, none leaves before the last is done."""
+
+    def __init__(self, barrier: Any, lock: Any) -> None:
+        self.barrier, self.lock, self.taken = barrier, lock, 0
+
+    def __enter__(self) -> None:
+        self.barrier.wait()
+        self.lock.acquire()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.lock.release()
+        self.barrier.wait()
+        self.taken += 1
+
+
+def work_on(name: str, options: argparse.Namespace, turn: Turn, rows: Any) -> None:
     """All batches of one recipe."""
     inductor.compile_threads = 2
-    for batch in options.batches:
+    recipe, _, cache = name.partition(":")
+    for done, batch in enumerate(options.batches):
         try:
             measured = bench(
-                options.shape, recipe=recipe, batch=batch, context=options.context, new_tokens=options.new_tokens,
-                layers=options.layers, fused=recipe is not None and not options.apart, turn=turn,
+                options.shape, recipe=recipe or None, batch=batch, context=options.context,
+                new_tokens=options.new_tokens, layers=options.layers, fused=bool(recipe) and not options.apart,
+                kv_cache=cache or None, turn=turn,
             )  # fmt: skip
-            rows.put(asdict(measured) | {"bound_seconds": measured.bound_seconds})
+            rows.put(asdict(measured) | {"recipe": name, "bound_seconds": measured.bound_seconds})
         except Exception:  # noqa: BLE001 - what fails is a row of the table, not the end of the others
-            rows.put({"recipe": recipe, "batch": batch, "failed": traceback.format_exc()})
+            rows.put({"recipe": name, "batch": batch, "failed": traceback.format_exc()})
+            if turn.taken == done:
+                with turn:  # the others wait for it
+                    pass
         torch.cuda.empty_cache()
-    if recipe is None and options.stock:
-        rows.put(stock(options, turn))
+    if name == BF16 and options.stock:
+        rows.put(stock(options))
     rows.put(None)
 
 
-def stock(options: argparse.Namespace, turn: Any) -> dict[str, Any]:
+def stock(options: argparse.Namespace) -> dict[str, Any]:
     """transformers' generate, as it is, on one prompt."""
     device = torch.device("cuda")
     model = opened_or_random(options.shape, None, options.layers, device, None)
@@ -55,8 +77,7 @@ def stock(options: argparse.Namespace, turn: Any) -> dict[str, Any]:
         )
 
     run(2)
-    with turn:
-        first, all_of_them = run(1), run(STOCK_TOKENS + 1)
+    first, all_of_them = run(1), run(STOCK_TOKENS + 1)
     return {"recipe": "transformers generate", "batch": 1, "step_seconds": (all_of_them - first) / STOCK_TOKENS}
 
 
@@ -73,8 +94,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     context = mp.get_context("spawn")
-    turn, queue = context.Lock(), context.Queue()
-    running = [None, *options.recipes]
+    queue, running = context.Queue(), [BF16, *options.recipes]
+    turn = Turn(context.Barrier(len(running)), context.Lock())
     for recipe in running:
         context.Process(target=work_on, args=(recipe, options, turn, queue), daemon=True).start()
     rows, left, start = [], len(running), time.time()
@@ -90,7 +111,7 @@ def main() -> None:
             options.json.write_text(
                 json.dumps({"shape": options.shape, "torch": torch.__version__, "rows": rows}, indent=1)
             )
-    base = {row["batch"]: row for row in rows if row["recipe"] is None and "failed" not in row}
+    base = {row["batch"]: row for row in rows if row["recipe"] == BF16 and "failed" not in row}
     for row in rows:
         if "prefill_seconds" in row and row["batch"] in base:
             own = base[row["batch"]]

@@ -1,9 +1,10 @@
 """Which kernels a step of decoding launches on the GPU of this machine, and what a layer of it takes.
 
-    python benchmarks/step_trace.py --recipes none rtn-w4a16 integer-scale-w4a8 --batches 1 16 --json step_trace.json
+    python benchmarks/step_trace.py --recipes none integer-scale-w4a8 integer-scale-w4a8:int4 --json step_trace.json
 
-The first layers of a known shape with random weights, their steps recorded as one CUDA graph as in `halfbyte bench`. A layer's
-time is the distance from one layer's last kernel to the next one's, in a trace of one replay; steps are timed without it.
+The first layers of a known shape with random weights, their steps recorded as one CUDA graph as in `halfbyte bench`; behind
+a colon the format of the cache. A layer's time is the distance from one layer to the next in a trace of one replay; steps
+are timed without it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from halfbyte.runtime.bench import opened_or_random, seconds
+from halfbyte.runtime.cache_plan import attach_cache, chosen_plan
 from halfbyte.runtime.decoder import Decoder
 from halfbyte.runtime.fused import fuse
 
@@ -36,21 +38,22 @@ def kernels(work: Callable[[], Any]) -> list[tuple[float, float, str]]:
 
 
 def layer_time(found: list[tuple[float, float, str]], layers: int) -> float:
-    """µs from a layer to the next: the median distance between launches of a kernel that each layer has once."""
+    """µs from a layer to the next: the median distance between launches of the longest kernel that each layer has once."""
     names = [name for _, _, name in found]
-    once = next(name for name in names if names.count(name) == layers)
+    _, once = max((taken, name) for _, taken, name in found if names.count(name) == layers)
     starts = [start for start, _, name in found if name == once]
     return median(after - before for before, after in pairwise(starts))
 
 
 @torch.no_grad()
-def measure(model: Any, recipe: str | None, batch: int, layers: int) -> dict[str, Any]:
+def measure(model: Any, recipe: str, batch: int, layers: int) -> dict[str, Any]:
     """One row; the kernels of one layer are printed."""
     decoder = Decoder(model, batch, CONTEXT + NEW_TOKENS).record(CONTEXT)
     prompts = torch.randint(0, 1000, (batch, CONTEXT), device=DEVICE)
     steps = []
     for _ in range(3):
         decoder.prefill(prompts)
+        torch.cuda.synchronize()
         steps.append(seconds(lambda: [decoder.step() for _ in range(NEW_TOKENS - 1)], DEVICE) / (NEW_TOKENS - 1))
     decoder.prefill(prompts)
     found = kernels(decoder.step)
@@ -70,12 +73,13 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in options.recipes:
-        recipe = None if name == "none" else name
-        model = opened_or_random(options.shape, recipe, options.layers, DEVICE, None)
+        recipe, _, cache = name.removeprefix("none").partition(":")
+        model = opened_or_random(options.shape, recipe or None, options.layers, DEVICE, None)
         if recipe:
             fuse(model)
+        attach_cache(model, chosen_plan(model, cache or None))
         for batch in options.batches:
-            rows.append(measure(model, recipe, batch, options.layers))
+            rows.append(measure(model, name, batch, options.layers))
             print(json.dumps(rows[-1]), flush=True)
         del model
     if options.json:

@@ -126,6 +126,19 @@ def test_caches_that_are_parts_of_larger_ones_are_read_in_place() -> None:
         assert errors(found, part) < TOLERANCE
 
 
+def test_what_is_the_same_for_all_rows_or_lies_apart_is_read_in_place() -> None:
+    whole = step(4, 2, whole=True)
+    assert whole.exact is not None
+    assert whole.exact.seen is not None
+    apart = torch.cat([whole.key_now, whole.value_now], dim=1)
+    part = whole._replace(
+        last=torch.tensor([90]).expand(2), key_now=apart[:, :2], value_now=apart[:, 2:],
+        exact=whole.exact._replace(seen=whole.exact.seen[:1].expand(2, -1)),
+    )  # fmt: skip
+    for found in (fast(part, Cut(2, 16, 2, 2)), plain(part, Cut(2)), kv.decode_attention(*part)):
+        assert errors(found, part) < TOLERANCE
+
+
 def test_the_first_channel_of_a_word_taken_for_the_last_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every gate is seen red: a wrong order of channels, of keys or of values, and a forgotten zero."""
     arguments = step()

@@ -7,7 +7,7 @@ from cached_models import FORMATS, with_cache
 from closeness import relative_error
 from halfbyte.errors import ModelError
 from halfbyte.runtime.cache import QuantizedCache
-from halfbyte.runtime.decoder import Decoder, compiled_parts, parts_of
+from halfbyte.runtime.decoder import Decoder, compiled_parts, parts_of, sees_all
 from tiny_models import tiny, tokens
 
 
@@ -87,10 +87,39 @@ def test_what_has_no_room_is_refused():
 def test_parts_have_their_own_forward_again_after_compiling():
     model = tiny("llama")
     parts = parts_of(model)
-    assert parts == [*model.model.layers, model.model.norm, model.model.rotary_emb]
+    assert parts == [*model.model.layers, model.model.embed_tokens, model.model.norm, model.model.rotary_emb]
     mark = parts[0].forward
     parts[1].forward = mark  # as a fused layer has one of its own
-    with compiled_parts(parts):
+    with compiled_parts(parts, Decoder(model, 1, 8).cache):
         assert parts[0].forward is not mark
     assert "forward" not in parts[0].__dict__
     assert parts[1].__dict__["forward"] is mark
+
+
+@pytest.mark.parametrize("name", [None, "int4", "k8v3-s2-w3"])
+def test_layers_that_are_alike_are_compiled_once(monkeypatch, name):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda work, **options: compile_(work, backend="eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny("llama") if name is None else with_cache(tiny("llama"), FORMATS[name])
+    decoder, prompts = Decoder(model, 2, 20), tokens(2, 7)
+    expected = Decoder(model, 2, 20, compiled=False).decode(prompts, 5)
+    found = [decoder.prefill(prompts)]
+    with compiled_parts(decoder._parts, decoder.cache):
+        found.extend(decoder.step().clone() for _ in range(4))
+    assert torch.equal(torch.stack(found, dim=1), expected)
+    assert len(model.model.layers) > 1
+    # a layer, the table, the norm, the angles, and the likeliest token
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+
+
+def test_models_that_see_all_tokens_get_their_mask_from_the_position():
+    assert sees_all(tiny("llama"), Decoder(tiny("llama"), 1, 8).cache)
+    planned = with_cache(tiny("llama"), FORMATS["int4"])
+    assert sees_all(planned, Decoder(planned, 1, 8).cache)
+    model = tiny("mistral")
+    for window in (None, 4):
+        model.config.sliding_window = window
+        assert sees_all(model, Decoder(model, 1, 8).cache) == (window is None)
+    assert not sees_all(tiny("gpt_neox"), Decoder(tiny("gpt_neox"), 1, 8).cache)

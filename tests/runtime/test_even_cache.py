@@ -1,7 +1,10 @@
 """A cache with one length for all rows: steps on it are what the model computes without any cache."""
 
+from typing import Any
+
 import pytest
 import torch
+from cached_models import FORMATS, with_cache
 from torch import Tensor, nn
 
 from closeness import relative_error
@@ -87,6 +90,28 @@ def test_a_decoder_of_a_fused_model_starts_anew_with_each_prompt(launches):
             ids = torch.cat([ids, following], dim=1)
         assert torch.equal(decoder.decode(prompts, 6), ids[:, 7:])
     assert launches
+
+
+@pytest.mark.parametrize(
+    "name", ["int4", "int2", "int4-sym", "int4-e1", "k8v3-s2-w3", "int3-prerope-w2", "int3-rot-w2"]
+)
+@torch.no_grad()
+def test_a_packed_cache_decodes_the_same_in_one(name, launches):
+    model = with_cache(fused("llama"), FORMATS[name])
+    decoder, other = Decoder(model, 2, 16), Decoder(model, 2, 16)
+    layers: list[Any] = decoder.cache.layers
+    others: list[Any] = other.cache.layers
+    for layer in others:
+        layer.follow(layer.length, sees_all=False)
+    for seed in (0, 1):
+        prompts = tokens(2, 7, seed)
+        assert torch.equal(decoder.decode(prompts, 6), other.decode(prompts, 6))
+        for layer, apart in zip(layers, others, strict=True):
+            assert int(layer.length) == int(apart.length) == 7 + 5
+            for tensor, same in zip(layer.key_side.tensors, apart.key_side.tensors, strict=True):
+                assert torch.equal(tensor, same) or relative_error(tensor.float(), same.float()) < 1e-3
+    alone = FORMATS[name].rope == "after" and not (FORMATS[name].window or FORMATS[name].rotate_keys)
+    assert len(launches) == (2 * 5 * 2 if alone else 0)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.kv_attention import PackedTokens
+from halfbyte.kernels.kv_attention import PackedTokens, Smoothing
 from halfbyte.numerics.cache import Coder, LayerCoders, TokenCodes, rotate, tokens_to_store, unrotate
 from halfbyte.packing.code_bytes import pack, unpack
 from halfbyte.runtime.cache_rows import Rotation, Rotations, Rows
@@ -134,6 +134,12 @@ def turn_of(coder: Coder, keys: Float[Tensor, "batch heads tokens dim"]) -> Onli
     return OnlineRotation(OnlineHadamard(size=keys.shape[3], seed=None)).to(keys.device)
 
 
+def smoothing_of(coders: LayerCoders, device: torch.device) -> Smoothing:
+    """Shifts and scales of stored keys and values, as kernels read them."""
+    parts = (part for coder in (coders.keys, coders.values) for part in (coder.shift, coder.scale))
+    return Smoothing(*(None if part is None else part.to(device, torch.float32).contiguous() for part in parts))
+
+
 class QuantizedLayer(CacheLayerMixin):
     """The cache of one layer; grows with the text."""
 
@@ -158,6 +164,7 @@ class QuantizedLayer(CacheLayerMixin):
         """Take dtype and device from the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.turn = turn_of(self.coders.keys, key_states)
+        self.smoothing = smoothing_of(self.coders, self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:

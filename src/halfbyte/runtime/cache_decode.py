@@ -2,7 +2,7 @@
 
     update       hands on the current token alone
     attention    codes before the window, sinks and window as they came, the current token exact    kernels/kv_attention
-    afterwards   the current token is quantized and written, and joins the window
+    and          the current token is quantized and written, and joins the window
 
 transformers calls the attention by its name, `halfbyte_packed`, while `reading_codes` lasts. Prompts attend as before,
 to all rows decoded, by scaled-dot-product attention.
@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.kv_attention import ExactTokens, KeyRotation, PackedTokens, Smoothing, decode_attention
+from halfbyte.kernels.kv_attention import ExactTokens, KeyRotation, PackedTokens, decode_attention
 from halfbyte.models.heads import attentions
 from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer
 from halfbyte.runtime.cache_plan import CachePlan, plan_of, using_cache
-from halfbyte.runtime.static_cache import StaticQuantizedLayer
+from halfbyte.runtime.static_cache import StaticQuantizedLayer, ring_of
 from halfbyte.runtime.static_rotations import turns_evenly
 
 NAME = "halfbyte_packed"
@@ -109,8 +109,14 @@ def packed_attention(
         raise ModelError(
             f"{type(module).__name__} attends with {found}, which reading codes does not know: decode without"
         )
-    out = _attend(layer, query[:, :, 0], key[:, :, 0], value[:, :, 0], attention_mask, scaling)
-    layer.keep(key, value)
+    now = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+    if isinstance(layer, StaticQuantizedLayer):
+        layer.keep(key, value)  # before attention reads them: a compiler then writes in place
+        out = _attend(layer, *now, None if layer.sees_all else attention_mask, scaling)
+        layer.count(1)
+    else:
+        out = _attend(layer, *now, attention_mask, scaling)
+        layer.keep(key, value)
     return out[:, None], None
 
 
@@ -124,21 +130,23 @@ class Past(NamedTuple):
     keys: PackedTokens
     values: PackedTokens
     begins: int  # the position of the token in row 0
-    first: int  # of the rows that hold what is not exact
+    first: Tensor | None  # of the rows that hold what is not exact, for each row of the batch; None: 0
     last: Tensor  # one behind them; no axes
     exact: tuple[Tensor, Tensor] | None  # keys and values
-    places: Tensor  # of exact tokens; negative: there is none
+    places: Tensor | None  # of exact tokens; negative: there is none
     rotation: KeyRotation | None
 
 
 def _fixed(layer: StaticQuantizedLayer) -> Past:
-    keys, values, sinks, window = layer.key_side, layer.value_side, layer.format.sinks, layer.format.window
-    place = torch.arange(sinks, device=layer.device)
-    held = layer.length - 1 - (layer.length - 1 - torch.arange(window, device=layer.device)) % max(window, 1)
-    places = torch.cat([torch.where(place < layer.length, place, -1), torch.where(held >= sinks, held, -1)])
-    exact = (keys.exact, values.exact) if sinks or window else None
+    keys, values, sinks, length = layer.key_side, layer.value_side, layer.format.sinks, layer.length
+    last, exact, places, ring = length, None, None, ring_of(layer.format)
+    if ring:
+        rows = torch.arange(sinks + ring, device=layer.device)
+        held = torch.where(rows < sinks, rows, length - (length - rows + sinks) % ring)  # the current token's place too
+        places = torch.where((held < length) & ((rows < sinks) | (held >= sinks)), held, -1)
+        last, exact = (length - layer.format.window).clamp(min=sinks), (keys.exact, values.exact)
     rotation = None if layer.rotations is None else layer.rotations.of_packed
-    return Past(keys.packed, values.packed, 0, sinks, (layer.length - window).clamp(min=sinks), exact, places, rotation)
+    return Past(keys.packed, values.packed, 0, layer.first, last, exact, places, rotation)
 
 
 def _growing(layer: QuantizedLayer) -> Past:
@@ -150,31 +158,29 @@ def _growing(layer: QuantizedLayer) -> Past:
     if layer.rotations is not None:
         rotation = layer.rotations.of_packed(sinks, sinks + count, len(keys.codes.taken))
     places = torch.cat([place[:sinks], place[sinks + count :]])
-    return Past(keys.packed, values.packed, sinks, 0, last, exact, places, rotation)
+    return Past(keys.packed, values.packed, sinks, None, last, exact, places, rotation)
 
 
 def _attend(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     past = _fixed(layer) if isinstance(layer, StaticQuantizedLayer) else _growing(layer)
-    seen_from = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    first, seen = past.first, None if past.places is None else (past.places >= 0)[None]
     if mask is not None:  # what a row does not see comes before all that it sees: padding, or what a window has left
         seen_from = mask[:, 0, -1].to(torch.int8).argmax(dim=-1).expand(len(query))
+        first = (seen_from - past.begins).clamp(min=0 if first is None else first)
+        seen = None if seen is None else seen & (past.places >= seen_from[:, None])
     exact = None
-    if past.exact is not None:
-        exact = ExactTokens(*past.exact, (past.places >= 0) & (past.places >= seen_from[:, None]))
-    coders = layer.coders.keys, layer.coders.values
-    smoothing = Smoothing(*(
-        None if part is None else part.to(query.device) for coder in coders for part in (coder.shift, coder.scale)
-    ))  # fmt: skip
-    turned = None
+    if past.exact is not None and seen is not None:
+        exact = ExactTokens(*past.exact, seen.expand(len(query), -1))
+    turned, smoothing = None, layer.smoothing
     if layer.turn is not None:  # the query in the coordinates in which keys are stored
         scale, together = smoothing.key_scale, query.shape[1] // key.shape[1]
         scaled = query if scale is None else query * scale.repeat_interleave(together, dim=0).to(query.dtype)
         turned, smoothing = layer.turn(scaled), smoothing._replace(key_scale=None)
     return decode_attention(
         query, past.keys, past.values, past.last.expand(len(query)), key, value,
-        (seen_from - past.begins).clamp(min=past.first), exact, smoothing, scaling, past.rotation, turned,
+        first, exact, smoothing, scaling, past.rotation, turned,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from halfbyte.models.heads import attentions, head_counts
 from halfbyte.numerics.cache import NO_SMOOTHING, LayerCoders, Smoothing, layer_coders
 from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer
 from halfbyte.runtime.cache_rows import Rotations
+from halfbyte.runtime.one_layer import layer_of
 from halfbyte.runtime.static_cache import StaticQuantizedLayer
 from halfbyte.runtime.static_rotations import StaticRotations, near_turns
 from halfbyte.scheme import CacheFormat
@@ -223,5 +224,6 @@ def _with_cache(model: Any, prepare: Callable[..., Any]) -> Callable[..., Any]:
 def _hand_over(module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell the layer of the cache how this call's keys are rotated."""
     for cache in (kwargs.get("past_key_values"), kwargs.get("layer_past")):
-        if isinstance(cache, QuantizedCache):
-            cache.layers[module.layer_idx].rotation = kwargs["position_embeddings"]
+        layer = None if cache is None else layer_of(module, cache)
+        if isinstance(layer, QuantizedLayer | StaticQuantizedLayer):
+            layer.rotation = kwargs["position_embeddings"]

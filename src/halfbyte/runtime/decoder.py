@@ -16,19 +16,21 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from halfbyte.calibration.text import longest_sequence
 from halfbyte.errors import ModelError
-from halfbyte.models.heads import head_counts
+from halfbyte.models.heads import attentions, head_counts
 from halfbyte.models.load import find_blocks
 from halfbyte.runtime.cache import QuantizedCache
 from halfbyte.runtime.cache_decode import reading_codes
 from halfbyte.runtime.cache_plan import new_cache, plan_of
-from halfbyte.runtime.even_cache import even_cache
+from halfbyte.runtime.even_cache import ATTENTIONS, EvenLayer, even_cache, make_even
+from halfbyte.runtime.one_layer import own_layer
 from halfbyte.runtime.static_cache import of_rows
 
+MOST_PARTS = 128  # of a row of logits
 WARM_UP = 3  # steps before the recording: the first compiles
 
 
@@ -53,7 +55,11 @@ class Decoder:
         planned = plan_of(model) is not None
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self._position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        self.cache = new_cache(model, rows) if planned else even_cache(model.config, rows, self._position.view(()))
+        if planned:
+            self.cache = new_cache(model, rows)
+            make_even(self.cache, model.config, self._position.view(()))
+        else:
+            self.cache = even_cache(model.config, rows, self._position.view(()))
         self._at_once = prompts_at_once
         if prompts_at_once is not None:
             if not planned:
@@ -66,6 +72,8 @@ class Decoder:
         self._prefill_graph: torch.cuda.CUDAGraph | None = None
         self._prompts = self._token
         self._parts = parts_of(model) if compiled else []
+        self._likeliest = torch.compile(likeliest, dynamic=False) if compiled else likeliest
+        self._places = torch.arange(rows, device=model.device) if sees_all(model, self.cache) else None
 
     @torch.no_grad()
     def prefill(self, prompts: Int64[Tensor, "batch length"]) -> Int64[Tensor, "batch"]:
@@ -97,7 +105,7 @@ class Decoder:
 
     def _read_rows(self, prompts: Tensor, cache: Any, token: Tensor) -> None:
         logits = self.model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        token.copy_(likeliest(logits))
 
     @torch.no_grad()
     def step(self) -> Int64[Tensor, "batch"]:
@@ -109,12 +117,15 @@ class Decoder:
         return self._token[:, 0]
 
     def _step(self) -> None:
-        cache = self.cache
+        cache, mask = self.cache, None
+        if self._places is not None:  # what transformers would make of the position, in one launch
+            mask = (self._places <= self._position).expand(self.batch, 1, 1, -1)
         with reading_codes(self.model, cache) if isinstance(cache, QuantizedCache) else nullcontext():
             logits = self.model(
-                input_ids=self._token, position_ids=self._position, past_key_values=self.cache, use_cache=True
-            ).logits
-        self._token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+                input_ids=self._token, position_ids=self._position, attention_mask=mask, past_key_values=cache,
+                use_cache=True,
+            ).logits  # fmt: skip
+        self._token.copy_(self._likeliest(logits))
         self._position += 1
 
     @torch.no_grad()
@@ -133,7 +144,7 @@ class Decoder:
     def record_step(self) -> "Decoder":
         """Compile and record a step alone; it goes on from the tokens in the cache, and adds a few. Not on a CPU."""
         if self._token.device.type == "cuda":
-            with compiled_parts(self._parts):
+            with compiled_parts(self._parts, self.cache):
                 self._graph = recorded(self._step, times=WARM_UP)
         return self
 
@@ -169,22 +180,47 @@ def recorded(work: Callable[[], None], times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def likeliest(logits: Float[Tensor, "batch tokens vocabulary"]) -> Int64[Tensor, "batch 1"]:
+    """The token after each row's last one. In parts, so that a GPU looks at more than one of a row at a time."""
+    last = logits[:, -1]
+    count = next(count for count in range(MOST_PARTS, 0, -1) if last.shape[1] % count == 0)
+    tops, places = last.unflatten(1, (count, -1)).max(2)
+    best = tops.argmax(1, keepdim=True)
+    return best * (last.shape[1] // count) + places.gather(1, best)
+
+
+def sees_all(model: Any, cache: Any) -> bool:
+    """Whether every layer attends, by a mask of ones and zeros, to all tokens before it."""
+    config, modules = model.config.get_text_config(), attentions(model).values()
+    known = all(type(module).__name__ in ATTENTIONS for module in modules)
+    if not known or config._attn_implementation != "sdpa" or getattr(config, "sliding_window", None) is not None:
+        return False
+    plan = plan_of(model)
+    if plan is not None:
+        return all(kind == "full_attention" for kind in plan.kinds)
+    return all(isinstance(layer, EvenLayer) for layer in cache.layers)
+
+
 def parts_of(model: Any) -> list[nn.Module]:
-    """What is compiled, each on its own: the layers, and what stands beside them but embeddings."""
+    """What is compiled, each on its own: the layers, and what stands beside them."""
     path = find_blocks(model)
     layers, beside = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0]).children()
-    return [*layers, *(part for part in beside if part is not layers and not isinstance(part, nn.Embedding))]
+    return [*layers, *(part for part in beside if part is not layers)]
 
 
 @contextmanager
-def compiled_parts(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Every part's forward through torch.compile, and afterwards as it was."""
+def compiled_parts(parts: Sequence[nn.Module], cache: Any) -> Iterator[None]:
+    """Every part's forward through torch.compile, and afterwards as it was.
+
+    A layer is given its own layer of the cache alone: its place in the model is then no constant of its code, and one
+    compilation serves all layers that are alike.
+    """
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     before, limit = [part.__dict__.get("forward") for part in parts], dynamo.recompile_limit
-    dynamo.recompile_limit = max(limit, 2 * len(parts) + 8)  # a layer's place in the cache is a constant of its code
+    dynamo.recompile_limit = max(limit, 2 * len(parts) + 8)  # layers that are not alike
     try:
         for part in parts:
-            part.forward = torch.compile(part.forward, dynamic=False)
+            part.forward = _compiled(part, cache)
         yield
     finally:
         dynamo.recompile_limit = limit
@@ -192,3 +228,12 @@ def compiled_parts(parts: Sequence[nn.Module]) -> Iterator[None]:
             part.__dict__.pop("forward", None)
             if forward is not None:
                 part.forward = forward
+
+
+def _compiled(part: nn.Module, cache: Any) -> Callable[..., Any]:
+    compiled, own = torch.compile(part.forward, dynamic=False), own_layer(part, cache)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **{name: own if given is cache else given for name, given in kwargs.items()})
+
+    return compiled if own is None else forward

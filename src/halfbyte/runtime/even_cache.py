@@ -1,8 +1,9 @@
 """A cache of fixed size whose rows are equally long, so that one position serves all rows and layers.
 
 transformers' static layers each count their tokens. Where a whole batch has as many, one number that whoever decodes
-moves on is enough, and a step needs no mask: a fused layer runs RoPE, the write and attention as one launch
-(kernels/token_attention). Any other layer uses the cache as it uses transformers' own.
+moves on is enough, and a step needs no mask: a fused layer runs RoPE, the write and attention as one op, on a float
+cache (kernels/token_attention) and on a packed one of keys after RoPE without exact tokens (kernels/kv_attention/step.py).
+Any other layer uses the cache as it uses transformers' own.
 """
 
 from typing import Any
@@ -13,7 +14,11 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from halfbyte.kernels.kv_attention.step import attend_new_token
 from halfbyte.kernels.token_attention import attend_token, fits
+from halfbyte.runtime.cache import QuantizedCache
+from halfbyte.runtime.one_layer import layer_of
+from halfbyte.runtime.static_cache import StaticQuantizedLayer
 
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 """transformers' classes that are RoPE over whole heads and softmax attention, and nothing more."""
@@ -50,16 +55,29 @@ def even_cache(config: Any, capacity: int, position: Int64[Tensor, ""]) -> Stati
     """A cache for `capacity` tokens in each row that reads its length from `position`; in models whose layers do not all
     see all tokens, transformers' own."""
     cache = StaticCache(config=config, max_cache_len=capacity)
-    if all(type(layer) is StaticLayer for layer in cache.layers):
+    if _see_all(cache):
         cache.layers[:] = [EvenLayer(capacity, position) for _ in cache.layers]
     return cache
+
+
+def make_even(cache: QuantizedCache, config: Any, position: Int64[Tensor, ""]) -> None:
+    """Let a packed cache of fixed size read its length from `position`, which the caller moves on. Edits its layers."""
+    sees_all = _see_all(StaticCache(config=config, max_cache_len=1))
+    for layer in cache.layers:
+        layer.follow(position, sees_all)
+
+
+def _see_all(cache: StaticCache) -> bool:
+    return all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def attends_in_one(attention: Any, cache: Any, length: int) -> bool:
     """Whether `attend` computes what this module would for `length` new tokens."""
     if cache is None or length != 1 or type(attention).__name__ not in ATTENTIONS:
         return False
-    layer = cache.layers[attention.layer_idx] if attention.layer_idx < len(cache.layers) else None
+    layer = layer_of(attention, cache)
+    if isinstance(layer, StaticQuantizedLayer):
+        return layer.is_initialized and layer.is_codes_alone and layer.reads_codes and layer.sees_all
     if not isinstance(layer, EvenLayer) or not layer.is_initialized:
         return False
     return fits(layer.k_head_dim, layer.v_head_dim)
@@ -69,7 +87,11 @@ def attend(
     attention: Any, qkv: Float[Tensor, "batch all"], cache: Any, position_embeddings: tuple[Tensor, Tensor]
 ) -> Float[Tensor, "batch heads_times_dim"]:
     """What goes into the output projection, from what its linears give for one new token of each row."""
-    layer = cache.layers[attention.layer_idx]
+    layer = layer_of(attention, cache)
     cos, sin = (part[:, 0] for part in position_embeddings)
+    if isinstance(layer, StaticQuantizedLayer):
+        layer.is_empty = False
+        keys, values, length = layer.key_side.packed, layer.value_side.packed, layer.length.view(1)
+        return attend_new_token(qkv, cos, sin, keys, values, length, layer.smoothing, attention.scaling)
     position = layer.cumulative_length.view(1)
     return attend_token(qkv, cos, sin, layer.keys, layer.values, position, layer.counters, attention.scaling)

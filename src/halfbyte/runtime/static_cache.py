@@ -4,8 +4,10 @@ Codes of every token are written when it comes, beside exact copies of the sinks
 
     key_codes, value_codes     uint8    [batch, kv_heads, capacity, head_dim*bits/8]   token t in row t
     key_scales, ..., zeros     float16  [batch, kv_heads, capacity, groups]            (symmetric: no zeros)
-    sinks                      model's  [batch, kv_heads, sinks, head_dim]
-    window                     model's  [batch, kv_heads, window, head_dim]            token t in row t % window
+    exact, then    sinks       model's  [batch, kv_heads, sinks, head_dim]             token t in row t
+                   window      model's  [batch, kv_heads, window + 1, head_dim]        token t in row t % (window + 1)
+
+The window has a row more than it has tokens: a new one is written before attention reads those that it has not left.
 
 A prompt that finds the cache empty attends to itself, and nothing is decoded. Keys before RoPE: static_rotations.py.
 `length` is a tensor, so that a step depends on no number that the graph would hold on to.
@@ -21,10 +23,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from halfbyte.errors import FormatError, ModelError
-from halfbyte.kernels.kv_attention import PackedTokens, Smoothing, write_tokens
+from halfbyte.kernels.kv_attention import PackedTokens, write_tokens
 from halfbyte.numerics.cache import Coder, LayerCoders, TokenCodes
 from halfbyte.packing.code_bytes import bytes_for, pack, unpack
-from halfbyte.runtime.cache import QuantizedCache, turn_of
+from halfbyte.runtime.cache import QuantizedCache, smoothing_of, turn_of
 from halfbyte.runtime.cache_rows import Rotation
 from halfbyte.runtime.static_rotations import StaticRotations, before
 from halfbyte.scheme import CacheFormat
@@ -44,20 +46,19 @@ class StaticSide:
         self.codes = torch.zeros(batch, heads, capacity, size, dtype=torch.uint8, device=like.device)
         self.scales = torch.zeros(batch, heads, capacity, groups, dtype=torch.float16, device=like.device)
         self.zeros = None if coder.symmetric else torch.zeros_like(self.scales)
-        self.sinks = like.new_zeros(batch, heads, format.sinks, self.dim)
-        self.window = like.new_zeros(batch, heads, format.window, self.dim)
+        self.exact = like.new_zeros(batch, heads, format.sinks + ring_of(format), self.dim)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that is stored."""
-        return [x for x in (self.codes, self.scales, self.zeros, self.sinks, self.window) if x is not None]
+        return [x for x in (self.codes, self.scales, self.zeros, self.exact) if x is not None]
 
     def of_rows(self, first: int, last: int, rotations: StaticRotations | None = None) -> "StaticSide":
         """These rows of the batch, in the same memory."""
         part = copy(self)
         part.codes, part.scales = self.codes[first:last], self.scales[first:last]
         part.zeros = None if self.zeros is None else self.zeros[first:last]
-        part.sinks, part.window, part.rotations = self.sinks[first:last], self.window[first:last], rotations
+        part.exact, part.rotations = self.exact[first:last], rotations
         return part
 
     @property
@@ -66,9 +67,12 @@ class StaticSide:
         return PackedTokens(self.codes, self.scales, self.zeros)
 
     @property
-    def exact(self) -> Tensor:
-        """Rows that are kept as they came: sinks, then the window."""
-        return torch.cat([self.sinks, self.window], dim=2)
+    def sinks(self) -> Tensor:
+        return self.exact[:, :, : self.format.sinks]
+
+    @property
+    def window(self) -> Tensor:
+        return self.exact[:, :, self.format.sinks :]
 
     def step(
         self, x: Float[Tensor, "batch heads new dim"], length: Int64[Tensor, ""], stored: Tensor | None = None
@@ -102,21 +106,30 @@ class StaticSide:
         """Put the window's exact tokens in the place of their codes. Edits `seen`."""
         if not self.format.window:
             return
-        rows = torch.arange(self.format.window, device=seen.device)
-        held = length - 1 - (length - 1 - rows) % self.format.window
-        # a row that holds nothing yet goes to the place of the token that it will hold, which is not real yet
-        seen.index_copy_(2, torch.where(held < 0, held + self.format.window, held), self.window)
+        held = length - self.format.window + torch.arange(self.format.window, device=seen.device)
+        kept = self.window.index_select(2, held % self.window.shape[2])
+        # where there are fewer tokens, what is no token goes to a place beyond them, which is not real yet
+        seen.index_copy_(2, torch.where(held < 0, held + self.format.window, held), kept)
 
     def _remember(self, x: Tensor, places: Tensor) -> None:
         """Keep exact copies where the window and the sinks ask for them."""
-        if self.format.window:
-            last = slice(-self.format.window, None)
-            self.window.index_copy_(2, places[last] % self.format.window, x[:, :, last])
-        if self.format.sinks:
-            first = torch.arange(self.format.sinks, device=x.device)
+        sinks, ring = self.format.sinks, self.window.shape[2]
+        if not ring:
+            return
+        if x.shape[2] == 1:  # in one piece, which a compiler writes in place
+            self.exact.index_copy_(2, torch.where(places < sinks, places, sinks + places % ring), x)
+            return
+        self.window.index_copy_(2, places[-ring:] % ring, x[:, :, -ring:])
+        if sinks:
+            first = torch.arange(sinks, device=x.device)
             at = (first - places[0]).clamp(0, x.shape[2] - 1)
             here = (first >= places[0]) & (first <= places[-1])
             self.sinks.copy_(torch.where(here[:, None], x.index_select(2, at), self.sinks))
+
+
+def ring_of(format: CacheFormat) -> int:
+    """Rows of the window: one more than it has tokens."""
+    return format.window + 1 if format.sinks or format.window else 0
 
 
 class StaticQuantizedLayer(CacheLayerMixin):
@@ -146,6 +159,8 @@ class StaticQuantizedLayer(CacheLayerMixin):
         self.rotations, self.leads = rotations, leads
         self.rotation: Rotation | None = None  # of the call's tokens, from the hook of runtime/cache_plan.py
         self.length = torch.tensor(0)
+        self.counts = True  # its tokens; not where `follow` was called
+        self.sees_all = False  # whether a step needs no mask
         self.is_empty = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -154,6 +169,9 @@ class StaticQuantizedLayer(CacheLayerMixin):
         self.key_side = StaticSide(self.coders.keys, self.format, self.capacity, key_states, self.rotations)
         self.value_side = StaticSide(self.coders.values, self.format, self.capacity, value_states)
         self.turn = turn_of(self.coders.keys, key_states)
+        self.smoothing = smoothing_of(self.coders, self.device)
+        first = torch.full((self.batch_size,), self.format.sinks, device=self.device)
+        self.first = first if self.format.sinks else None  # token that is codes, for kernels
         if self.rotations is not None:
             self.rotations.prepare(self.batch_size, key_states.dtype, key_states.device)
         self.length = self.length.to(key_states.device)
@@ -171,14 +189,15 @@ class StaticQuantizedLayer(CacheLayerMixin):
             self.rotations.write(self._rotation(), self.length)
         self.hands_on = self.reads_codes and key_states.shape[2] == 1
         if self.hands_on:
-            return key_states, value_states  # attention reads the past by itself, and then calls `keep`
+            return key_states, value_states  # attention calls `keep`, reads the past by itself, and then calls `count`
         if empty and self._attends_to_itself(key_states.shape[2]):
             self.keep(key_states, value_states)
+            self.count(key_states.shape[2])
             return key_states, value_states
         stored = None if self.rotations is None else before(key_states, self._rotation())
         keys = self.key_side.step(key_states, self.length, stored)
         values = self.value_side.step(value_states, self.length)
-        self.length.add_(key_states.shape[2])
+        self.count(key_states.shape[2])
         return keys, values
 
     def _attends_to_itself(self, tokens: int) -> bool:
@@ -196,11 +215,30 @@ class StaticQuantizedLayer(CacheLayerMixin):
     def of_rows(self, first: int, last: int, rotations: StaticRotations | None) -> "StaticQuantizedLayer":
         """An empty layer that is these rows of this one's batch, in the same memory."""
         part = StaticQuantizedLayer(self.coders, self.format, self.capacity, rotations, self.leads)
-        part.batch_size, part.device, part.turn = last - first, self.device, self.turn
+        part.batch_size, part.device, part.turn, part.smoothing = last - first, self.device, self.turn, self.smoothing
         part.key_side = self.key_side.of_rows(first, last, rotations)
         part.value_side = self.value_side.of_rows(first, last)
+        part.first = None if self.first is None else self.first[first:last]
         part.length, part.is_initialized = torch.zeros_like(self.length), True
         return part
+
+    def follow(self, length: Int64[Tensor, ""], sees_all: bool) -> None:
+        """Take the number of tokens from this tensor, which somebody else moves on: that of every row, without padding.
+
+        `sees_all`: so does attention, in every step.
+        """
+        self.length, self.counts, self.sees_all = length, False, sees_all
+
+    def count(self, tokens: int) -> None:
+        """So many tokens more have been kept."""
+        if self.counts:
+            self.length.add_(tokens)
+
+    @property
+    def is_codes_alone(self) -> bool:
+        """Whether a step's past is codes of keys after RoPE, in the model's coordinates, and nothing else."""
+        format = self.format
+        return format.past_only and not (format.sinks or format.window or self.rotations or format.rotate_keys)
 
     def fill(self, length: int) -> None:
         """So many tokens have been written through `of_rows`, to all rows."""
@@ -208,20 +246,18 @@ class StaticQuantizedLayer(CacheLayerMixin):
         self.is_empty = False
 
     def keep(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Store tokens that attention has used as they are."""
-        keys, values = self.key_side, self.value_side
-        smoothing = Smoothing(keys.coder.shift, keys.coder.scale, values.coder.shift, values.coder.scale)
+        """Store the next tokens, which attention uses as they are. What it sees of the first `length` stays as it was, so
+        that it may come afterwards; then `count` them."""
+        keys, values, smoothing = self.key_side, self.value_side, self.smoothing
         stored = key_states if self.rotations is None else before(key_states, self._rotation())
         if self.turn is not None:
             stored = self.turn(replace(keys.coder, turned=False).smooth(stored.float()))
             smoothing = smoothing._replace(key_shift=None, key_scale=None)
-        stored_values = value_states.to(stored.dtype)
-        position = self.length.repeat(self.batch_size)
-        write_tokens(keys.packed, values.packed, stored, stored_values, position, smoothing)
+        position = self.length.expand(self.batch_size)
+        write_tokens(keys.packed, values.packed, stored, value_states.to(stored.dtype), position, smoothing)
         places = torch.arange(key_states.shape[2], device=key_states.device) + self.length
         keys._remember(key_states, places)
         values._remember(value_states, places)
-        self.length.add_(key_states.shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the call's tokens are to see, from position 0: all, or in an empty cache those of a prompt alone."""

@@ -117,31 +117,34 @@ def _on_cuda(
         for part in (key_shift, key_scale, value_shift, value_scale)
     ))  # fmt: skip
     rotation = check_keys(query, keys, cos, sin, near, smoothing.key_scale, packed_query)
-    query, key_now, value_now, last = (part.contiguous() for part in (query, key_now, value_now, last))
+    query = query.contiguous()
+    key_now, value_now = (part if part[0].is_contiguous() else part.contiguous() for part in (key_now, value_now))
     packed_query = None if packed_query is None else packed_query.contiguous()
     first = None if first is None else first.contiguous()
-    if exact is not None and exact.seen is not None:
+    if exact is not None and exact.seen is not None and exact.seen.stride(1) != 1:
         exact = exact._replace(seen=exact.seen.contiguous())
     with torch.cuda.device_of(query):  # triton launches on the current device, which need not be where the query is
-        (rows, query_heads, _), (_, kv_heads, capacity, _) = query.shape, keys.codes.shape
-        together, turned = query_heads // kv_heads, rotation is not None
-        cut = cuts.choose(rows * kv_heads, capacity, processors(query.device), together, turned)
         return launch(
-            query, keys, values, last, key_now, value_now, first, exact, smoothing, scaling, cut, rotation, packed_query
-        )
+            query, keys, values, last, key_now, value_now, first, exact, smoothing, scaling, None, rotation, packed_query
+        )  # fmt: skip
 
 
 def launch(
     query: Tensor, keys: PackedTokens, values: PackedTokens, last: Tensor, key_now: Tensor, value_now: Tensor,
-    first: Tensor | None, exact: ExactTokens | None, smoothing: Smoothing, scaling: float, cut: cuts.Cut,
+    first: Tensor | None, exact: ExactTokens | None, smoothing: Smoothing, scaling: float, cut: cuts.Cut | None = None,
     rotation: KeyRotation | None = None, packed_query: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`decode_attention` on the current GPU, cut up so. What is no cache is contiguous, and smoothing float32."""
+    """`decode_attention` on the current GPU, cut up so, or as is best. What is no cache is contiguous, but rows of `last`,
+    `seen` and the current tokens may be apart, or the same; smoothing is float32."""
     # imported here: triton exists only where there is something to run it on
     from halfbyte.kernels.kv_attention import hopper_decode, triton_combine, triton_decode
 
+    (rows, query_heads, _), (_, kv_heads, capacity, _) = query.shape, keys.codes.shape
+    cut = cut or cuts.choose(
+        rows * kv_heads, capacity, processors(query.device), query_heads // kv_heads, rotation is not None
+    )
     decode = hopper_decode.decode
-    if cuts.obstacle(query.shape[1], query.shape[2], keys, values, rotation) or not cuts.has_async_copies(query.device):
+    if cuts.obstacle(query_heads, query.shape[2], keys, values, rotation) or not cuts.has_async_copies(query.device):
         decode, cut = triton_decode.decode, replace(cut, tokens=32, warps=4)
     score_scale = scaling / math.log(2)
     early = overlaps(query)

@@ -88,11 +88,12 @@ def _query(
     return query
 
 
-@gluon.jit(do_not_specialize=["kv_heads"])
+@gluon.jit(do_not_specialize=["kv_heads", "next_last"])
 def decode_kernel(
     query_ptr, key_scale_ptr, key_ptr, key_steps_ptr, key_zeros_ptr, value_ptr, value_steps_ptr, value_zeros_ptr,
     first_ptr, last_ptr, sums_ptr, tops_ptr, totals_ptr, key_shift_ptr, cos_ptr, sin_ptr, near_ptr,
-    kv_heads, codes_batch, codes_head, grids_batch, grids_head, turns_batch, near_sines, score_scale, magic, magic_next,
+    kv_heads, next_last, codes_batch, codes_head, grids_batch, grids_head, turns_batch, near_sines, score_scale,
+    magic, magic_next,
     DIM: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_FIRST: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, TURNED: tl.constexpr,
     PTX: tl.constexpr, EARLY: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
@@ -133,7 +134,7 @@ def decode_kernel(
     first = 0
     if HAS_FIRST:
         first = gl.load(first_ptr + batch).to(gl.int32)
-    last = gl.load(last_ptr + batch).to(gl.int32)
+    last = gl.load(last_ptr + batch * next_last).to(gl.int32)
     # every split has its share of this row's tokens, however many there are
     each = (gl.maximum(last - first, 0) + splits * STEP - 1) // (splits * STEP) * STEP
     begin = first + split * each
@@ -323,7 +324,7 @@ def decode(
         values.codes.view(torch.int32), values.scales, values.scales if values.zeros is None else values.zeros,
         last if first is None else first, last, *partial, query if key_shift is None else key_shift,
         *((query, query, query) if rotation is None else rotation),
-        kv_heads, keys.codes.stride(0) // 4, keys.codes.stride(1) // 4,
+        kv_heads, last.stride(0), keys.codes.stride(0) // 4, keys.codes.stride(1) // 4,
         keys.scales.stride(0) // keys.scales.shape[3], keys.scales.stride(1) // keys.scales.shape[3],
         0 if rotation is None else rotation.cos.stride(0), 0 if rotation is None else rotation.near.stride(0),
         score_scale, MAGIC, MAGIC_NEXT,

@@ -24,11 +24,11 @@ from halfbyte.kernels.kv_attention.tokens import ExactTokens, Smoothing
 EXACT_AT_ONCE = 16
 
 
-@triton.jit(do_not_specialize=["exact", "splits", "query_heads"])
+@triton.jit(do_not_specialize=["exact", "splits", "query_heads", "next_seen"])
 def combine_kernel(
     query_ptr, key_now_ptr, value_now_ptr, keys_ptr, values_ptr, seen_ptr, key_shift_ptr, value_shift_ptr,
     value_scale_ptr, sums_ptr, tops_ptr, totals_ptr, out_ptr,
-    query_heads, splits, exact, exact_batch, exact_head, score_scale,
+    query_heads, splits, exact, key_batch, value_batch, exact_batch, exact_head, next_seen, score_scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr,
     HAS_EXACT: tl.constexpr, HAS_SEEN: tl.constexpr, KEY_SHIFT: tl.constexpr, VALUE_SHIFT: tl.constexpr,
     VALUE_SCALE: tl.constexpr, EARLY: tl.constexpr,
@@ -36,22 +36,21 @@ def combine_kernel(
     """WIDTH and SPLITS: powers of two that hold DIM and `splits`; EXACT tokens at once."""
     row = tl.program_id(0).to(tl.int64)
     batch = row // query_heads
-    kv_row = row // HEADS
     kv_head = row % query_heads // HEADS
     d = tl.arange(0, WIDTH)
     real = d < DIM
     query = tl.load(query_ptr + row * DIM + d, mask=real, other=0.0).to(tl.float32) * score_scale
-    key = tl.load(key_now_ptr + kv_row * DIM + d, mask=real, other=0.0).to(tl.float32)
+    key = tl.load(key_now_ptr + batch * key_batch + kv_head * DIM + d, mask=real, other=0.0).to(tl.float32)
     top = tl.sum(query * key, 0)
     total = 1.0
-    out = tl.load(value_now_ptr + kv_row * DIM + d, mask=real, other=0.0).to(tl.float32)
+    out = tl.load(value_now_ptr + batch * value_batch + kv_head * DIM + d, mask=real, other=0.0).to(tl.float32)
     if HAS_EXACT:
         at = batch * exact_batch + kv_head * exact_head
         for begin in range(0, exact, EXACT):
             token = begin + tl.arange(0, EXACT)
             counts = token < exact
             if HAS_SEEN:
-                counts = counts & (tl.load(seen_ptr + batch * exact + token, mask=counts, other=0) != 0)
+                counts = counts & (tl.load(seen_ptr + batch * next_seen + token, mask=counts, other=0) != 0)
             mask = counts[:, None] & real[None, :]
             place = at + token[:, None] * DIM + d[None, :]
             kept_key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -92,7 +91,7 @@ def combine(
     query: Tensor, partial: Partial, key_now: Tensor, value_now: Tensor, exact: ExactTokens | None, smoothing: Smoothing,
     score_scale: float, early: bool,
 ) -> Tensor:  # fmt: skip
-    """The answer [batch, query_heads, dim] in the dtype of the query."""
+    """The answer [batch, query_heads, dim] in the dtype of the query. Each row's heads of key and value are contiguous."""
     batch, query_heads, dim = query.shape
     splits = partial.tops.shape[2]
     out = torch.empty_like(query)
@@ -102,7 +101,8 @@ def combine(
         query, key_now, value_now, *some, query if seen is None else seen,
         *(query if part is None else part for part in (smoothing.key_shift, smoothing.value_shift, smoothing.value_scale)),
         *partial, out,
-        query_heads, splits, some[0].shape[2] if exact is not None else 0, *some[0].stride()[:2], score_scale,
+        query_heads, splits, some[0].shape[2] if exact is not None else 0, key_now.stride(0), value_now.stride(0),
+        *some[0].stride()[:2], 0 if seen is None else seen.stride(0), score_scale,
         dim, triton.next_power_of_2(dim), query_heads // key_now.shape[1], triton.next_power_of_2(splits), EXACT_AT_ONCE,
         exact is not None, seen is not None,
         smoothing.key_shift is not None, smoothing.value_shift is not None, smoothing.value_scale is not None, early,

@@ -40,11 +40,11 @@ def _decoded(
     return code.to(tl.float32) * step + zero
 
 
-@triton.jit(do_not_specialize=["kv_heads"])
+@triton.jit(do_not_specialize=["kv_heads", "next_last"])
 def decode_kernel(
     query_ptr, key_scale_ptr, key_ptr, key_steps_ptr, key_zeros_ptr, value_ptr, value_steps_ptr, value_zeros_ptr,
     first_ptr, last_ptr, sums_ptr, tops_ptr, totals_ptr, key_shift_ptr, cos_ptr, sin_ptr,
-    kv_heads, key_batch, key_head, key_grids_batch, key_grids_head,
+    kv_heads, next_last, key_batch, key_head, key_grids_batch, key_grids_head,
     value_batch, value_head, value_grids_batch, value_grids_head, turns_batch, score_scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr, KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, HAS_KEY_ZEROS: tl.constexpr,
@@ -61,7 +61,7 @@ def decode_kernel(
     first = 0
     if HAS_FIRST:
         first = tl.load(first_ptr + batch).to(tl.int32)
-    last = tl.load(last_ptr + batch).to(tl.int32)
+    last = tl.load(last_ptr + batch * next_last).to(tl.int32)
     each = tl.cdiv(tl.maximum(last - first, 0), splits * TOKENS) * TOKENS
     begin = first + split * each
     end = tl.minimum(last, begin + each)
@@ -141,7 +141,7 @@ def decode(
         keys.codes, keys.scales, grids[0], values.codes, values.scales, grids[1],
         last if first is None else first, last, *partial, query if key_shift is None else key_shift,
         *((query, query) if rotation is None else rotation[:2]),
-        kv_heads, *keys.codes.stride()[:2], *keys.scales.stride()[:2],
+        kv_heads, last.stride(0), *keys.codes.stride()[:2], *keys.scales.stride()[:2],
         *values.codes.stride()[:2], *values.scales.stride()[:2],
         0 if rotation is None else rotation.cos.stride(0), score_scale,
         dim, triton.next_power_of_2(max(dim, 16)), heads, triton.next_power_of_2(max(heads, 16)),

@@ -50,15 +50,34 @@ def _quotient(x, divisor, reciprocal, FUSED: tl.constexpr):
 
 
 @triton.jit
+def channels(DIM: tl.constexpr, GROUPS: tl.constexpr):
+    """[1, groups, channels of a group]."""
+    EACH: tl.constexpr = DIM // GROUPS
+    return (tl.arange(0, GROUPS)[:, None] * EACH + tl.arange(0, EACH)[None, :])[None]
+
+
+@triton.jit
 def _write(
     x_ptr, shift_ptr, scale_ptr, words_ptr, steps_ptr, zeros_ptr, x_at, words_at, grids_at, channels_at, counts,
     DIM: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr, SCALED: tl.constexpr,
     SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    EACH: tl.constexpr = DIM // GROUPS
-    group, within = tl.arange(0, GROUPS), tl.arange(0, EACH)
-    channel = (group[:, None] * EACH + within[None, :])[None]
-    x = tl.load(x_ptr + x_at[:, None, None] + channel, mask=counts[:, None, None], other=0.0).to(tl.float32)
+    at = x_at[:, None, None] + channels(DIM, GROUPS)
+    write_codes(
+        tl.load(x_ptr + at, mask=counts[:, None, None], other=0.0).to(tl.float32), shift_ptr, scale_ptr, words_ptr,
+        steps_ptr, zeros_ptr, words_at, grids_at, channels_at, counts, DIM, GROUPS, BITS, SHIFTED, SCALED, SYMMETRIC,
+        ROWS, FUSED,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_codes(
+    x, shift_ptr, scale_ptr, words_ptr, steps_ptr, zeros_ptr, words_at, grids_at, channels_at, counts,
+    DIM: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, SHIFTED: tl.constexpr, SCALED: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """x: float32, [ROWS, groups, channels of a group]; where each row goes, and whether it does."""
+    group, channel = tl.arange(0, GROUPS), channels(DIM, GROUPS)
     if SHIFTED:
         x -= tl.load(shift_ptr + channels_at[:, None, None] + channel)
     if SCALED:
@@ -90,11 +109,11 @@ def _write(
     tl.store(words_ptr + words_at[:, None] + word[None, :], tl.sum(parts, 2), mask=counts[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "kv_heads", "rows"])
+@triton.jit(do_not_specialize=["tokens", "kv_heads", "rows", "next_position"])
 def write_kernel(
     key_ptr, value_ptr, position_ptr, key_shift_ptr, key_scale_ptr, value_shift_ptr, value_scale_ptr,
     key_words_ptr, key_steps_ptr, key_zeros_ptr, value_words_ptr, value_steps_ptr, value_zeros_ptr,
-    tokens, kv_heads, rows, key_batch, key_head, key_token, value_batch, value_head, value_token,
+    tokens, kv_heads, rows, next_position, key_batch, key_head, key_token, value_batch, value_head, value_token,
     key_words_batch, key_words_head, key_grids_batch, key_grids_head,
     value_words_batch, value_words_head, value_grids_batch, value_grids_head,
     DIM: tl.constexpr, KEY_GROUPS: tl.constexpr, VALUE_GROUPS: tl.constexpr, KEY_BITS: tl.constexpr,
@@ -112,7 +131,7 @@ def write_kernel(
         row = tl.program_id(1) + place * 0
     head, batch = row % kv_heads, (row // kv_heads).to(tl.int64)
     token = token.to(tl.int64)
-    position = tl.load(position_ptr + batch).to(tl.int64) + token
+    position = tl.load(position_ptr + batch * next_position).to(tl.int64) + token
     if tl.program_id(2) == 0:
         _write(
             key_ptr, key_shift_ptr, key_scale_ptr, key_words_ptr, key_steps_ptr, key_zeros_ptr,
@@ -156,7 +175,7 @@ def write(
         key, value, position, *(key if part is None else part for part in smoothing),
         words[0], keys.scales, key if keys.zeros is None else keys.zeros,
         words[1], values.scales, key if values.zeros is None else values.zeros,
-        tokens, kv_heads, batch * kv_heads, *key.stride()[:3], *value.stride()[:3],
+        tokens, kv_heads, batch * kv_heads, position.stride(0), *key.stride()[:3], *value.stride()[:3],
         *words[0].stride()[:2], *keys.scales.stride()[:2], *words[1].stride()[:2], *values.scales.stride()[:2],
         dim, keys.scales.shape[3], values.scales.shape[3], keys.codes.shape[3] * 8 // dim, values.codes.shape[3] * 8 // dim,
         *(part is not None for part in smoothing), keys.zeros is None, values.zeros is None,

@@ -73,7 +73,7 @@ def _on_cuda(
     ]  # fmt: skip
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     with torch.cuda.device_of(key):  # triton launches on the current device, which need not be where the tokens are
-        triton_write.write(keys, values, key, value, position.contiguous(), smoothing)
+        triton_write.write(keys, values, key, value, position, smoothing)
 
 
 @_op.register_fake

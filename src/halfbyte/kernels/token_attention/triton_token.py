@@ -10,6 +10,7 @@ The past tokens were written long before, so a program loads its first ones befo
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 # triton's decorators change signatures in ways that types do not tell
+# ruff: noqa: RET505 - triton compiles what follows a return
 
 import math
 
@@ -20,29 +21,74 @@ from torch import Tensor
 
 from halfbyte.kernels.device import overlaps, processors
 
-TOKENS = 64  # that a program has at once where each head of keys has its own query
-PROGRAMS = 4  # a multiprocessor's
+TOKENS = 64  # that a program has at once
+FEWEST_TOKENS = 32  # of a split
+PROGRAMS = 2  # a multiprocessor's
 MOST_SPLITS = 32
-NOTHING = -1.0e30
+AT_ONCE = tl.constexpr(4)  # heads whose splits are put together, all loaded before any is summed
+FEWEST_HEADS = 16  # of a product on tensor cores
+NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _rotated(x_ptr, cos_ptr, sin_ptr, d, DIM: tl.constexpr):
-    """A head after RoPE, in float32."""
-    x = tl.load(x_ptr + d).to(tl.float32)
-    other = tl.load(x_ptr + (d + DIM // 2) % DIM).to(tl.float32)
+def _rotated(x_ptr, cos_ptr, sin_ptr, d, counts, DIM: tl.constexpr):
+    """Heads after RoPE, in float32; zero where they do not count."""
+    x = tl.load(x_ptr + d, mask=counts, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + (d + DIM // 2) % DIM, mask=counts, other=0.0).to(tl.float32)
     other = tl.where(d < DIM // 2, -other, other)
     return x * tl.load(cos_ptr + d).to(tl.float32) + other * tl.load(sin_ptr + d).to(tl.float32)
+
+
+@triton.jit
+def _dot(x, y, WIDE: tl.constexpr):
+    """In float32."""
+    if WIDE:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(x, y)
+
+
+@triton.jit
+def _seen(query, key, value, there, tops, totals, sums, score_scale, WIDE: tl.constexpr):
+    """Largest scores, totals and sums of [HEADS, dim] queries, now with so many tokens more, those that are `there`."""
+    scores = tl.where(there[None, :], _dot(query, tl.trans(key), WIDE) * score_scale, NOTHING)
+    top = tl.maximum(tops, tl.max(scores, 1))
+    shares = tl.where(there[None, :], tl.exp2(scores - top[:, None]), 0.0)
+    fade = tl.exp2(tops - top)
+    return top, totals * fade + tl.sum(shares, 1), sums * fade[:, None] + _dot(shares.to(value.dtype), value, WIDE)
+
+
+@triton.jit
+def _put_together(
+    y_ptr, sums_ptr, tops_ptr, first_head, d, dtype: tl.constexpr, TOGETHER: tl.constexpr, DIM: tl.constexpr,
+    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The answers of TOGETHER query heads, of what their splits have left."""
+    s = tl.arange(0, ALL_SPLITS)
+    for begin in tl.static_range(0, TOGETHER, AT_ONCE):
+        sums, tops, totals = (), (), ()
+        for i in tl.static_range(begin, min(begin + AT_ONCE, TOGETHER)):
+            parts = (first_head + i) * SPLITS + s
+            places = parts[:, None] * DIM + d[None, :]
+            # as another program wrote it: not from this multiprocessor's own cache
+            sums += (tl.load(sums_ptr + places, mask=(s < SPLITS)[:, None], other=0.0, cache_modifier=".cg"),)
+            tops += (tl.load(tops_ptr + parts * 2, mask=s < SPLITS, other=NOTHING, cache_modifier=".cg"),)
+            totals += (tl.load(tops_ptr + parts * 2 + 1, mask=s < SPLITS, other=0.0, cache_modifier=".cg"),)
+        for i in tl.static_range(begin, min(begin + AT_ONCE, TOGETHER)):
+            fades = tl.exp2(tops[i - begin] - tl.max(tops[i - begin], 0))
+            y = tl.sum(sums[i - begin] * fades[:, None], 0) / tl.sum(totals[i - begin] * fades, 0)
+            tl.store(y_ptr + (first_head + i) * DIM + d, y.to(dtype))
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def _token_attention_kernel(
     qkv_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, y_ptr, sums_ptr, tops_ptr, counters_ptr,
     capacity, cos_stride, score_scale,
-    KV_HEADS: tl.constexpr, TOGETHER: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
-    TOKENS: tl.constexpr, EARLY: tl.constexpr,
+    KV_HEADS: tl.constexpr, TOGETHER: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    ALL_SPLITS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """TOGETHER query heads share a head of keys; ALL_SPLITS is the power of two from SPLITS on."""
+    """TOGETHER query heads share a head of keys; HEADS: so many that tensor cores take them; ALL_SPLITS: the power of
+    two from SPLITS on. WIDE: products of float32."""
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -60,80 +106,59 @@ def _token_attention_kernel(
     value = tl.load(values_ptr + within, mask=(first + t < last)[:, None], other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    heads: tl.constexpr = KV_HEADS * TOGETHER
-    qkv_ptr += row * (heads + 2 * KV_HEADS) * DIM
+    all_heads: tl.constexpr = KV_HEADS * TOGETHER
+    qkv_ptr += row * (all_heads + 2 * KV_HEADS) * DIM
     cos_ptr += row * cos_stride
     sin_ptr += row * cos_stride
-    queries, sums, tops, totals = (), (), (), ()
-    new_key = _rotated(qkv_ptr + (heads + head) * DIM, cos_ptr, sin_ptr, d, DIM).to(dtype)
-    new_value = tl.load(qkv_ptr + (heads + KV_HEADS + head) * DIM + d)
+    new_key = _rotated(qkv_ptr + (all_heads + head) * DIM, cos_ptr, sin_ptr, d, d < DIM, DIM).to(dtype)
+    new_value = tl.load(qkv_ptr + (all_heads + KV_HEADS + head) * DIM + d)
     if split == 0:
         tl.store(keys_ptr + base + past.to(tl.int64) * DIM + d, new_key)
         tl.store(values_ptr + base + past.to(tl.int64) * DIM + d, new_value)
-    for i in tl.static_range(TOGETHER):
-        query = _rotated(qkv_ptr + (head * TOGETHER + i) * DIM, cos_ptr, sin_ptr, d, DIM).to(dtype).to(tl.float32)
-        query *= score_scale
-        own = tl.sum(query * new_key.to(tl.float32), 0)
-        queries += (query,)
-        tops += (tl.where(split == 0, own, -1.0e30),)
-        totals += (tl.where(split == 0, 1.0, 0.0),)
-        sums += (tl.where(split == 0, new_value.to(tl.float32), 0.0),)
-    for at in range(first, last, TOKENS):
+    h = tl.arange(0, HEADS)
+    real = (h < TOGETHER)[:, None] & (d < DIM)[None, :]
+    queries_ptr = qkv_ptr + (head * TOGETHER + h)[:, None] * DIM
+    query = _rotated(queries_ptr, cos_ptr, sin_ptr, d[None, :], real, DIM).to(dtype)
+    own = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * score_scale
+    tops = tl.where(split == 0, own, NOTHING)
+    totals = tl.where(split == 0, 1.0, 0.0) + tl.zeros_like(own)
+    sums = tl.where(split == 0, new_value.to(tl.float32)[None, :], 0.0) + tl.zeros_like(query).to(tl.float32)
+    tops, totals, sums = _seen(query, key, value, first + t < last, tops, totals, sums, score_scale, WIDE)
+    for at in tl.range(first + TOKENS, last, TOKENS, num_stages=STAGES):
         there = at + t < last
-        if at > first:
-            within = base + (at + t)[:, None].to(tl.int64) * DIM + d[None, :]
-            key = tl.load(keys_ptr + within, mask=there[:, None], other=0.0)
-            value = tl.load(values_ptr + within, mask=there[:, None], other=0.0)
-        new_sums, new_tops, new_totals = (), (), ()
-        for i in tl.static_range(TOGETHER):
-            scores = tl.sum(key.to(tl.float32) * queries[i][None, :], 1)
-            scores = tl.where(there, scores, -1.0e30)
-            top = tl.maximum(tops[i], tl.max(scores, 0))
-            shares = tl.where(there, tl.exp2(scores - top), 0.0)
-            fade = tl.exp2(tops[i] - top)
-            new_tops += (top,)
-            new_totals += (totals[i] * fade + tl.sum(shares, 0),)
-            new_sums += (sums[i] * fade + tl.sum(shares[:, None] * value.to(tl.float32), 0),)
-        sums, tops, totals = new_sums, new_tops, new_totals
-    for i in tl.static_range(TOGETHER):
-        query_head = row * heads + head * TOGETHER + i
-        if SPLITS == 1:
-            tl.store(y_ptr + query_head * DIM + d, (sums[i] / totals[i]).to(dtype))
-        else:
-            part = query_head.to(tl.int64) * SPLITS + split
-            tl.store(sums_ptr + part * DIM + d, sums[i])
-            tl.store(tops_ptr + part * 2, tops[i])
-            tl.store(tops_ptr + part * 2 + 1, totals[i])
-    if SPLITS > 1:
+        within = base + (at + t)[:, None].to(tl.int64) * DIM + d[None, :]
+        key = tl.load(keys_ptr + within, mask=there[:, None], other=0.0)
+        value = tl.load(values_ptr + within, mask=there[:, None], other=0.0)
+        tops, totals, sums = _seen(query, key, value, there, tops, totals, sums, score_scale, WIDE)
+    query_heads = row * all_heads + head * TOGETHER + h
+    if SPLITS == 1:
+        tl.store(y_ptr + query_heads[:, None] * DIM + d[None, :], (sums / totals[:, None]).to(dtype), mask=real)
+    else:
+        parts = query_heads.to(tl.int64) * SPLITS + split
+        tl.store(sums_ptr + parts[:, None] * DIM + d[None, :], sums, mask=real)
+        tl.store(tops_ptr + parts * 2, tops, mask=h < TOGETHER)
+        tl.store(tops_ptr + parts * 2 + 1, totals, mask=h < TOGETHER)
         tl.debug_barrier()  # every thread's part is there before the program says that it is done
         if tl.atomic_add(counters_ptr + place, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(counters_ptr + place, 0)
-            s = tl.arange(0, ALL_SPLITS)
-            for i in tl.static_range(TOGETHER):
-                all_parts = (row * heads + head * TOGETHER + i).to(tl.int64) * SPLITS + s
-                # as another program wrote it: not from this multiprocessor's own cache
-                all_tops = tl.load(tops_ptr + all_parts * 2, mask=s < SPLITS, other=-1.0e30, cache_modifier=".cg")
-                all_totals = tl.load(tops_ptr + all_parts * 2 + 1, mask=s < SPLITS, other=0.0, cache_modifier=".cg")
-                fades = tl.exp2(all_tops - tl.max(all_tops, 0))
-                places = all_parts[:, None] * DIM + d[None, :]
-                all_sums = tl.load(sums_ptr + places, mask=(s < SPLITS)[:, None], other=0.0, cache_modifier=".cg")
-                y = tl.sum(all_sums * fades[:, None], 0) / tl.sum(all_totals * fades, 0)
-                tl.store(y_ptr + (row * heads + head * TOGETHER + i) * DIM + d, y.to(dtype))
+            first_head = (row * all_heads + head * TOGETHER).to(tl.int64)
+            _put_together(y_ptr, sums_ptr, tops_ptr, first_head, d, dtype, TOGETHER, DIM, SPLITS, ALL_SPLITS)
 
 
 def splits_for(places: int, capacity: int, multiprocessors: int) -> int:
-    """Into how many runs the tokens of each row and head are cut: enough for the chip, none shorter than TOKENS."""
-    return max(1, min(-(-capacity // TOKENS), PROGRAMS * multiprocessors // places, MOST_SPLITS))
+    """Into how many runs the tokens of each row and head are cut: enough for the chip, none too short."""
+    return max(1, min(-(-capacity // FEWEST_TOKENS), PROGRAMS * multiprocessors // places, MOST_SPLITS))
 
 
 def attend_token(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, counters: Tensor,
-    scaling: float, splits: int | None = None,
+    scaling: float, splits: int | None = None, tokens: int = TOKENS, warps: int = 4, stages: int = 2,
 ) -> Tensor:  # fmt: skip
     """y [batch, heads · dim]. `splits` in place of `splits_for`."""
     batch, kv_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    early = overlaps(qkv)
+    together = heads // kv_heads
+    early, wide = overlaps(qkv), qkv.dtype == torch.float32 or not qkv.is_cuda  # interpreted, bfloat16 has no products
     splits = splits or splits_for(batch * kv_heads, capacity, processors(qkv.device))
     y = qkv.new_empty(batch, heads * dim)
     sums = torch.empty(batch * heads * splits * dim if splits > 1 else 1, dtype=torch.float32, device=qkv.device)
@@ -141,8 +166,8 @@ def attend_token(
     _token_attention_kernel[(batch * kv_heads, splits)](
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), keys, values, position, y, sums, tops, counters,
         capacity, dim if len(cos) > 1 else 0, scaling / math.log(2),
-        kv_heads, heads // kv_heads, dim, splits, triton.next_power_of_2(splits),
-        TOKENS if heads == kv_heads else TOKENS // 2 if heads <= 4 * kv_heads else TOKENS // 4, early,
-        num_warps=4, **({"launch_pdl": True} if early else {}),
+        kv_heads, together, max(FEWEST_HEADS, triton.next_power_of_2(together)), dim, splits,
+        triton.next_power_of_2(splits), tokens, stages, wide, early,
+        num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y
