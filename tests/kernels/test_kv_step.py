@@ -118,7 +118,7 @@ def test_a_key_that_is_not_turned_would_be_seen():
     given = step()
     other = with_copies(given)
     found = attend_new_token(**given)
-    still = other | {"cos": torch.ones(1, DIM), "sin": torch.zeros(1, DIM)}
+    still: dict[str, Any] = other | {"cos": torch.ones(1, DIM), "sin": torch.zeros(1, DIM)}
     assert relative_error(attend_new_token(**still), found) > 0.05
     assert not torch.equal(given["keys"].codes, other["keys"].codes)
     assert torch.equal(given["values"].codes, other["values"].codes)
@@ -146,6 +146,6 @@ def test_the_op_says_what_it_writes():
         ({"position": torch.tensor([1, 2, 3])}, "one integer"),
     ],
 )
-def test_arguments_that_disagree_are_refused(change, why):
+def test_arguments_that_disagree_are_refused(change: dict[str, Any], why: str) -> None:
     with pytest.raises(FormatError, match=why):
         attend_new_token(**step() | change)

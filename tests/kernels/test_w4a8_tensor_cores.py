@@ -236,7 +236,7 @@ def test_every_number_of_tokens_has_a_tiling_that_fits(tokens: int, outs: int, i
     tiling = tilings.choose(kind, tokens, outs, ins, 128)
     assert tiling.residents * (tiling.shared_memory + 1024) <= SHARED_MEMORY
     registers = tiling.launch_registers or 0
-    assert tiling.residents * registers * 32 * tiling.warps <= tilings.REGISTERS
+    assert tiling.residents * registers * 32 * tiling.warps <= crews.REGISTERS
     if isinstance(tiling, Folded):
         assert tokens <= tiling.tokens
         assert tiling.stages % tiling.workers == 0
