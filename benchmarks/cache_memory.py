@@ -13,7 +13,8 @@ tried, and made larger or smaller until it no longer runs.
               here: without the mask that transformers makes, which would cost more
     kv4       4-bit keys and values, the current token exact, codes read by the decode-attention kernel
     kv4-pre   keys stored before RoPE, shifted and scaled, with 4 sinks and a window of 64: what wkvquant-kv4 keeps
-    w4kv4     the same with 4-bit weights
+    w4kv4     4-bit weights as well; w4kv4-pre keeps what wkvquant-w4kv4 keeps
+    w4a8kv4   4-bit weights, 8-bit inputs, kv4's cache
 """
 
 import argparse
@@ -59,6 +60,7 @@ VARIANTS = {
     "kv4-pre": Variant(None, "int4-prerope-s4-w64"),
     "w4kv4": Variant("rtn-w4a16", "int4"),
     "w4kv4-pre": Variant("rtn-w4a16", "int4-prerope-s4-w64"),
+    "w4a8kv4": Variant("integer-scale-w4a8", "int4"),
 }
 
 

@@ -21,10 +21,11 @@ from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import ModelError
 from halfbyte.kernels.kv_attention import ExactTokens, KeyRotation, PackedTokens, decode_attention
+from halfbyte.kernels.kv_attention.kept import held_before
 from halfbyte.models.heads import attentions
 from halfbyte.runtime.cache import QuantizedCache, QuantizedLayer
 from halfbyte.runtime.cache_plan import CachePlan, plan_of, using_cache
-from halfbyte.runtime.static_cache import StaticQuantizedLayer, ring_of
+from halfbyte.runtime.static_cache import StaticQuantizedLayer
 from halfbyte.runtime.static_rotations import turns_evenly
 
 NAME = "halfbyte_packed"
@@ -132,47 +133,45 @@ class Past(NamedTuple):
     begins: int  # the position of the token in row 0
     first: Tensor | None  # of the rows that hold what is not exact, for each row of the batch; None: 0
     last: Tensor  # one behind them; no axes
-    exact: tuple[Tensor, Tensor] | None  # keys and values
-    places: Tensor | None  # of exact tokens; negative: there is none
+    exact: tuple[Tensor, Tensor, Tensor] | None  # keys, values, and the places of these tokens; negative: there is none
     rotation: KeyRotation | None
 
 
 def _fixed(layer: StaticQuantizedLayer) -> Past:
-    keys, values, sinks, length = layer.key_side, layer.value_side, layer.format.sinks, layer.length
-    last, exact, places, ring = length, None, None, ring_of(layer.format)
-    if ring:
-        rows = torch.arange(sinks + ring, device=layer.device)
-        held = torch.where(rows < sinks, rows, length - (length - rows + sinks) % ring)  # the current token's place too
-        places = torch.where((held < length) & ((rows < sinks) | (held >= sinks)), held, -1)
-        last, exact = (length - layer.format.window).clamp(min=sinks), (keys.exact, values.exact)
+    keys, values, kept = layer.key_side, layer.value_side, layer.kept
+    last, exact = layer.length, None
+    if kept is not None:
+        last = (layer.length - kept.window).clamp(min=kept.sinks)
+        exact = kept.keys, kept.values, held_before(layer.length, kept.sinks, kept.window)
     rotation = None if layer.rotations is None else layer.rotations.of_packed
-    return Past(keys.packed, values.packed, 0, layer.first, last, exact, places, rotation)
+    return Past(keys.packed, values.packed, 0, layer.first, last, exact, rotation)
 
 
 def _growing(layer: QuantizedLayer) -> Past:
     keys, values, sinks, count = layer.key_side, layer.value_side, layer.format.sinks, layer.key_side.codes.length
     place = torch.arange(layer.get_seq_length(), device=layer.device)
-    exact = (keys.exact, values.exact) if sinks or len(place) > count else None
+    places = torch.cat([place[:sinks], place[sinks + count :]])
+    exact = (keys.exact, values.exact, places) if len(places) else None
     last = torch.tensor(count, device=layer.device)
     rotation = None
     if layer.rotations is not None:
         rotation = layer.rotations.of_packed(sinks, sinks + count, len(keys.codes.taken))
-    places = torch.cat([place[:sinks], place[sinks + count :]])
-    return Past(keys.packed, values.packed, sinks, None, last, exact, places, rotation)
+    return Past(keys.packed, values.packed, sinks, None, last, exact, rotation)
 
 
 def _attend(
     layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     past = _fixed(layer) if isinstance(layer, StaticQuantizedLayer) else _growing(layer)
-    first, seen = past.first, None if past.places is None else (past.places >= 0)[None]
+    first, seen_from = past.first, None
     if mask is not None:  # what a row does not see comes before all that it sees: padding, or what a window has left
         seen_from = mask[:, 0, -1].to(torch.int8).argmax(dim=-1).expand(len(query))
         first = (seen_from - past.begins).clamp(min=0 if first is None else first)
-        seen = None if seen is None else seen & (past.places >= seen_from[:, None])
     exact = None
-    if past.exact is not None and seen is not None:
-        exact = ExactTokens(*past.exact, seen.expand(len(query), -1))
+    if past.exact is not None:
+        keys, values, places = past.exact
+        seen = places >= 0 if seen_from is None else (places >= 0) & (places >= seen_from[:, None])
+        exact = ExactTokens(keys, values, seen.expand(len(query), -1))
     turned, smoothing = None, layer.smoothing
     if layer.turn is not None:  # the query in the coordinates in which keys are stored
         scale, together = smoothing.key_scale, query.shape[1] // key.shape[1]

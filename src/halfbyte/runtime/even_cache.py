@@ -2,7 +2,7 @@
 
 transformers' static layers each count their tokens. Where a whole batch has as many, one number that whoever decodes
 moves on is enough, and a step needs no mask: a fused layer runs RoPE, the write and attention as one op, on a float
-cache (kernels/token_attention) and on a packed one of keys after RoPE without exact tokens (kernels/kv_attention/step.py).
+cache (kernels/token_attention) and on a packed one, of keys in the model's coordinates (kernels/kv_attention/step.py).
 Any other layer uses the cache as it uses transformers' own.
 """
 
@@ -77,7 +77,7 @@ def attends_in_one(attention: Any, cache: Any, length: int) -> bool:
         return False
     layer = layer_of(attention, cache)
     if isinstance(layer, StaticQuantizedLayer):
-        return layer.is_initialized and layer.is_codes_alone and layer.reads_codes and layer.sees_all
+        return layer.is_initialized and layer.reads_codes and layer.sees_all and layer.turn is None
     if not isinstance(layer, EvenLayer) or not layer.is_initialized:
         return False
     return fits(layer.k_head_dim, layer.v_head_dim)
@@ -90,8 +90,18 @@ def attend(
     layer = layer_of(attention, cache)
     cos, sin = (part[:, 0] for part in position_embeddings)
     if isinstance(layer, StaticQuantizedLayer):
-        layer.is_empty = False
-        keys, values, length = layer.key_side.packed, layer.value_side.packed, layer.length.view(1)
-        return attend_new_token(qkv, cos, sin, keys, values, length, layer.smoothing, attention.scaling)
+        return _attend_packed(attention, qkv, cos, sin, layer)
     position = layer.cumulative_length.view(1)
     return attend_token(qkv, cos, sin, layer.keys, layer.values, position, layer.counters, attention.scaling)
+
+
+def _attend_packed(attention: Any, qkv: Tensor, cos: Tensor, sin: Tensor, layer: StaticQuantizedLayer) -> Tensor:
+    layer.is_empty, rotation = False, None
+    if layer.rotations is not None:
+        if layer.leads:
+            layer.rotations.write((cos[:, None], sin[:, None]), layer.length)
+        rotation = layer.rotations.of_packed
+    return attend_new_token(
+        qkv, cos, sin, layer.key_side.packed, layer.value_side.packed, layer.length.view(1), layer.smoothing,
+        attention.scaling, layer.kept, rotation,
+    )  # fmt: skip

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from halfbyte.errors import FormatError, ModelError
-from halfbyte.kernels.kv_attention import PackedTokens, write_tokens
+from halfbyte.kernels.kv_attention import KeptTokens, PackedTokens, write_tokens
+from halfbyte.kernels.kv_attention.kept import row_of, rows_of
 from halfbyte.numerics.cache import Coder, LayerCoders, TokenCodes
 from halfbyte.packing.code_bytes import bytes_for, pack, unpack
 from halfbyte.runtime.cache import QuantizedCache, smoothing_of, turn_of
@@ -46,7 +47,7 @@ class StaticSide:
         self.codes = torch.zeros(batch, heads, capacity, size, dtype=torch.uint8, device=like.device)
         self.scales = torch.zeros(batch, heads, capacity, groups, dtype=torch.float16, device=like.device)
         self.zeros = None if coder.symmetric else torch.zeros_like(self.scales)
-        self.exact = like.new_zeros(batch, heads, format.sinks + ring_of(format), self.dim)
+        self.exact = like.new_zeros(batch, heads, rows_of(format.sinks, format.window), self.dim)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -117,7 +118,7 @@ class StaticSide:
         if not ring:
             return
         if x.shape[2] == 1:  # in one piece, which a compiler writes in place
-            self.exact.index_copy_(2, torch.where(places < sinks, places, sinks + places % ring), x)
+            self.exact.index_copy_(2, row_of(places, sinks, self.format.window), x)
             return
         self.window.index_copy_(2, places[-ring:] % ring, x[:, :, -ring:])
         if sinks:
@@ -125,11 +126,6 @@ class StaticSide:
             at = (first - places[0]).clamp(0, x.shape[2] - 1)
             here = (first >= places[0]) & (first <= places[-1])
             self.sinks.copy_(torch.where(here[:, None], x.index_select(2, at), self.sinks))
-
-
-def ring_of(format: CacheFormat) -> int:
-    """Rows of the window: one more than it has tokens."""
-    return format.window + 1 if format.sinks or format.window else 0
 
 
 class StaticQuantizedLayer(CacheLayerMixin):
@@ -235,10 +231,11 @@ class StaticQuantizedLayer(CacheLayerMixin):
             self.length.add_(tokens)
 
     @property
-    def is_codes_alone(self) -> bool:
-        """Whether a step's past is codes of keys after RoPE, in the model's coordinates, and nothing else."""
-        format = self.format
-        return format.past_only and not (format.sinks or format.window or self.rotations or format.rotate_keys)
+    def kept(self) -> KeptTokens | None:
+        """Sinks and window, as kernels read and write them."""
+        if not (self.format.sinks or self.format.window):
+            return None
+        return KeptTokens(self.key_side.exact, self.value_side.exact, self.format.sinks, self.first)
 
     def fill(self, length: int) -> None:
         """So many tokens have been written through `of_rows`, to all rows."""

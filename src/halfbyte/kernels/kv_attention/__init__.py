@@ -23,12 +23,20 @@ from torch import Tensor
 from halfbyte.kernels.device import overlaps, processors
 from halfbyte.kernels.kv_attention import cuts
 from halfbyte.kernels.kv_attention.checks import check_keys, check_step
-from halfbyte.kernels.kv_attention.tokens import NO_SMOOTHING, ExactTokens, KeyRotation, PackedTokens, Smoothing
+from halfbyte.kernels.kv_attention.tokens import (
+    NO_SMOOTHING,
+    ExactTokens,
+    KeptTokens,
+    KeyRotation,
+    PackedTokens,
+    Smoothing,
+)
 from halfbyte.kernels.kv_attention.write import write_tokens
 from halfbyte.packing.code_bytes import unpack
 
 __all__ = [
-    "NO_SMOOTHING", "ExactTokens", "KeyRotation", "PackedTokens", "Smoothing", "decode_attention", "write_tokens",
+    "NO_SMOOTHING", "ExactTokens", "KeptTokens", "KeyRotation", "PackedTokens", "Smoothing", "decode_attention",
+    "write_tokens",
 ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Float16, UInt8
+from jaxtyping import Bool, Float, Float16, Int, UInt8
 from torch import Tensor
 
 
@@ -20,6 +20,19 @@ class ExactTokens(NamedTuple):
     keys: Float[Tensor, "batch kv_heads exact dim"]
     values: Float[Tensor, "batch kv_heads exact dim"]
     seen: Bool[Tensor, "batch exact"] | None = None  # None: all are
+
+
+class KeptTokens(NamedTuple):
+    """All that a cache of fixed size keeps as it came: the first tokens, and behind them the last ones (kept.py)."""
+
+    keys: Float[Tensor, "batch kv_heads kept dim"]
+    values: Float[Tensor, "batch kv_heads kept dim"]
+    sinks: int
+    first: Int[Tensor, "batch"] | None  # token that is codes alone: `sinks` for each row; None: 0
+
+    @property
+    def window(self) -> int:
+        return self.keys.shape[2] - self.sinks - 1
 
 
 class Smoothing(NamedTuple):
