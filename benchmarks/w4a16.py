@@ -21,15 +21,15 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, median
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import triton
 from torch import Tensor
 
-from halfbyte.kernels.w4a16 import few_tokens, many_tokens, tensor_cores, tilings
+from halfbyte.kernels.w4a16 import few_tokens, many_tokens, streamed, tensor_cores, tilings
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
-from halfbyte.kernels.w4a16.tilings import TOKENS, Block, Stream, Tiling
+from halfbyte.kernels.w4a16.tilings import GROUP, TOKENS, Block, Stream, Streamed, Tiling
 from halfbyte.packing import int32_words
 
 DEVICE = "cuda"
@@ -41,11 +41,11 @@ FEW = 16  # tokens up to which times alone are taken as well
 # what an H200 has been seen to sustain: the bound that times are compared with
 BYTES_PER_SECOND = 4.4e12
 OPERATIONS_PER_SECOND = 790e12
-SHARED_MEMORY = 227 * 1024  # of a multiprocessor
+SHARED_MEMORY = 227 * 1024  # of a multiprocessor, and 1 KB of each of its programs
 COMPILERS = 15
 
 Call = Callable[[], Any]
-Times = dict[tuple[int, int], dict[Tiling, list[float]]]
+Times = dict[tuple[int, int, int], dict[Tiling, float]]  # of tokens, outs, ins
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,13 @@ def microseconds(contenders: list[list[Call]], replays: int = REPLAYS) -> list[f
 
 def candidates(tokens: int) -> Iterator[Tiling]:
     """What is used so far for so many tokens, and what else may be fast and fits a multiprocessor."""
-    yield from tilings.TABLE[TOKENS.index(tokens)]
+    row = TOKENS.index(tokens)
+    yield from tilings.TABLE[row]
+    if row < len(tilings.STREAMED):
+        yield from filter(None, tilings.STREAMED[row])
+        yield from candidate_streamed(tokens)
     if tokens <= 16:
-        yield from candidate_streams(tokens)
+        yield from candidate_streams(max(tokens, 8))
     if tokens >= 16:
         yield from candidate_blocks(tokens)
 
@@ -163,6 +167,20 @@ def candidate_streams(block_m: int) -> Iterator[Stream]:
             continue
         for split in (1, 2, 4, 8) if run == 2 and stages <= 4 else (1,):
             yield Stream(block_m, block_n, warps, run, stages, split)
+
+
+def candidate_streamed(tokens: int) -> Iterator[Streamed]:
+    for fold, workers, units, residents in product((1, 2), (1, 2), (1, 2, 4), (2, 3, 4)):
+        one = Streamed(max(tokens, 8 // fold), fold, workers, units, 1, residents)
+        fit = stages_that_fit(residents, one.shared_memory, replace(one, stages=2).shared_memory)
+        stages = min(fit, 20 // units) // workers * workers
+        if stages >= 2 and one.worker_registers >= one.block_m * fold // 2 * (units + 1) + 48:
+            yield replace(one, stages=stages)
+
+
+def stages_that_fit(residents: int, one: int, two: int) -> int:
+    """How many stages so many programs can have side by side, from the shared memory of one with one and with two."""
+    return (SHARED_MEMORY // residents - 2048 - one) // (two - one) + 1
 
 
 def candidate_blocks(tokens: int) -> Iterator[Block]:
@@ -180,10 +198,15 @@ def candidate_blocks(tokens: int) -> Iterator[Block]:
                 yield from (Block(block_m, workers, each, run, stages, False, beside) for beside in (4, 16))
 
 
+def start_early(early: bool) -> None:
+    """Whether launches may start before the one ahead of them ends."""
+    few_tokens.EARLY = many_tokens.EARLY = streamed.EARLY = early
+
+
 def compile_one(job: tuple[Tiling, int, bool, bool]) -> str | None:
     """Fill Triton's cache with a kernel, by running it on a small weight. What went wrong, if anything."""
     tiling, group_size, asymmetric, early = job
-    few_tokens.EARLY = many_tokens.EARLY = early
+    start_early(early)
     case = Case.of(640, 2048, group_size, asymmetric)
     x = activations(tiling.block_m + (5 if isinstance(tiling, Block) else 0), 2048)
     try:
@@ -202,14 +225,31 @@ def compile_all(jobs: list[tuple[Tiling, int, bool, bool]]) -> set[Tiling]:
     return {job[0] for job, failure in zip(jobs, failures, strict=True) if failure is None}
 
 
+def is_for(tiling: Tiling | None, group_size: int, asymmetric: bool) -> TypeGuard[Tiling]:
+    """Whether it runs weights of that kind."""
+    return tiling is not None and (not isinstance(tiling, Streamed) or (group_size == GROUP and not asymmetric))
+
+
+def is_sensible(tiling: Tiling, outs: int, ins: int) -> bool:
+    """Whether a `Streamed` has a cell, its programs fill the chip, and those of the next launch find places."""
+    if not isinstance(tiling, Streamed):
+        return True
+    column, programs = tilings.streamed_column(outs, ins), math.ceil(outs / 64) * tiling.fold
+    if column is None or tiling.fold != (2 if column < 2 else 1):
+        return False
+    if tiling.fold == 2:
+        return programs <= tilings.PROCESSORS * (tiling.residents - 1)
+    return tiling.residents == 4 or programs <= tilings.PROCESSORS * tiling.residents
+
+
 def search(case: Case, works: set[Tiling], times: Times) -> None:
-    """Time the candidates of every row of the table on one weight; adds to `times`."""
+    """Time the candidates of every row of the tables on one weight; adds to `times`."""
     outs, ins = case.exact.shape
     for tokens in TOKENS:
-        x = activations(1 if tokens == 8 else tokens, ins)
+        x = activations(1 if tokens == 4 else tokens, ins)
         expected = x.double() @ case.exact.T
         for tiling in dict.fromkeys(candidates(tokens)):
-            if tiling not in works:
+            if tiling not in works or not is_sensible(tiling, outs, ins):
                 continue
             ours = calls(x, case.weights, tiling)
             found = ours[0]()
@@ -217,30 +257,40 @@ def search(case: Case, works: set[Tiling], times: Times) -> None:
                 works.discard(tiling)
                 print(f"WRONG: {tiling} at {outs}x{ins}, {len(x)} tokens")
                 continue
-            of_cell = times.setdefault((tokens, tilings.column(outs)), {})
-            of_cell.setdefault(tiling, []).append(microseconds([ours], 6)[0])
+            times.setdefault((tokens, outs, ins), {})[tiling] = microseconds([ours], 6)[0]
 
 
-def chosen(times: Times) -> tuple[tuple[Tiling, ...], ...]:
-    """The table: in every cell the tiling whose times are least over all weights of so many outputs, and what is near."""
-    table = [list(row) for row in tilings.TABLE]
-    for (tokens, column), of_tiling in sorted(times.items()):
-        most = max(map(len, of_tiling.values()))
-        means = {tiling: geometric_mean(list_) for tiling, list_ in of_tiling.items() if len(list_) == most}
+def set_tables(times: Times) -> None:
+    """In every cell the tiling whose times are least over all weights that it is for. Prints them and what is near."""
+    table, streamed_table = [list(row) for row in tilings.TABLE], [list(row) for row in tilings.STREAMED]
+    cells: dict[tuple[str, int, int], list[dict[Tiling, float]]] = {}
+    for (tokens, outs, ins), of_weight in times.items():
+        row, column = TOKENS.index(tokens), tilings.streamed_column(outs, ins)
+        others: dict[Tiling, float] = {
+            tiling: time for tiling, time in of_weight.items() if not isinstance(tiling, Streamed)
+        }
+        cells.setdefault(("TABLE", row, tilings.column(outs)), []).append(others)
+        if len(others) < len(of_weight) and column is not None:
+            cells.setdefault(("STREAMED", row, column), []).append(of_weight)
+    for (name, row, column), weights in cells.items():
+        tried = [tiling for tiling in weights[0] if all(tiling in of_weight for of_weight in weights)]
+        means = {tiling: geometric_mean(of_weight[tiling] for of_weight in weights) for tiling in tried}
         best = sorted(means, key=lambda tiling: means[tiling])
-        print(
-            f"{tokens} tokens, column {column}: {best[0]}, {', '.join(f'{time:.1f}' for time in of_tiling[best[0]])} µs"
-        )
+        taken = ", ".join(f"{of_weight[best[0]]:.1f}" for of_weight in weights)
+        print(f"{name}, {TOKENS[row]} tokens, column {column}: {best[0]}, {taken} µs")
         for other in best[1:3]:
             print(f"    {means[other] / means[best[0]]:.3f} {other}")
-        table[TOKENS.index(tokens)][column] = best[0]
-    return tuple(map(tuple, table))
+        if name == "TABLE":
+            table[row][column] = best[0]
+        else:
+            streamed_table[row][column] = best[0] if isinstance(best[0], Streamed) else None
+    tilings.TABLE, tilings.STREAMED = tuple(map(tuple, table)), tuple(map(tuple, streamed_table))
 
 
 def measure(tokens: int, case: Case) -> Row:
     (outs, ins), weight = case.exact.shape, case.weights[0]
     x = activations(tokens, ins)
-    tiling = tilings.choose(tokens, outs)
+    tiling = tilings.choose(tokens, outs, ins, weight.group_size, symmetric=weight.offsets is None)
     ours = calls(x, case.weights, tiling)
     expected, found = x.double() @ case.exact.T, ours[0]()
     if not is_right(found, expected):
@@ -256,9 +306,9 @@ def measure(tokens: int, case: Case) -> Row:
     cublas, time = microseconds([dense, ours])
     alone = None
     if tokens <= FEW:
-        few_tokens.EARLY = many_tokens.EARLY = False
+        start_early(False)
         alone = microseconds([ours])[0]
-        few_tokens.EARLY = many_tokens.EARLY = True
+        start_early(True)
     moved, operations = size_of(weight) + 2 * tokens * (ins + outs), 2 * tokens * ins * outs
     return Row(
         outs, ins, tokens, weight.group_size, weight.offsets is not None,
@@ -299,12 +349,13 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     kind = options.group_size or shapes[0][1], options.asymmetric
     if options.search:
-        works = compile_all([(tiling, *kind, True) for tiling in every_candidate()])
+        every = dict.fromkeys(tiling for tokens in TOKENS for tiling in candidates(tokens))
+        works = compile_all([(tiling, *kind, True) for tiling in every if is_for(tiling, *kind)])
         times: Times = {}
         for outs, ins in shapes:
             search(Case.of(outs, ins, options.group_size or ins, options.asymmetric), works, times)
-        tilings.TABLE = chosen(times)
-    used = dict.fromkeys(tiling for row in tilings.TABLE for tiling in row)
+        set_tables(times)
+    used = dict.fromkeys(tiling for row in tilings.TABLE + tilings.STREAMED for tiling in row if is_for(tiling, *kind))
     jobs = [(tiling, *kind, early) for tiling in used for early in (True, False) if early or tiling.block_m <= FEW]
     compile_all(jobs)
     print(HEADER)
@@ -319,10 +370,6 @@ def main() -> None:
             environment["triton"] = triton.__version__
             record = environment | {"rows": [asdict(row) for row in rows]}
             options.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def every_candidate() -> list[Tiling]:
-    return list(dict.fromkeys(tiling for tokens in TOKENS for tiling in candidates(tokens)))
 
 
 if __name__ == "__main__":

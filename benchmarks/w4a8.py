@@ -33,12 +33,11 @@ from halfbyte.kernels.w4a8.tilings import TOKENS, Block, Folded, Tiling
 from halfbyte.kernels.w4a16 import tensor_cores as w4a16
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
 from halfbyte.packing import int32_words
-from w4a16 import BYTES_PER_SECOND, COPIES_BYTES, NODES, Call
+from w4a16 import BYTES_PER_SECOND, COPIES_BYTES, NODES, Call, stages_that_fit
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
 OPERATIONS_PER_SECOND = 1500e12
-SHARED_MEMORY = 227 * 1024  # of a multiprocessor, and 1 KB of each of its programs
 COMPILERS = 15
 GROUP = 128
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -194,8 +193,8 @@ def candidates(kind: Kind, tokens: int) -> Iterator[Tiling]:
 
 def fitting(one: Tiling) -> Iterator[Tiling]:
     """With as many stages as shared memory holds; nothing where registers do not suffice."""
-    ring = replace(one, stages=2).shared_memory - one.shared_memory
-    fit = min((SHARED_MEMORY // one.residents - 2048 - (one.shared_memory - ring)) // ring, 20 // one.units)
+    fit = stages_that_fit(one.residents, one.shared_memory, replace(one, stages=2).shared_memory)
+    fit = min(fit, 20 // one.units)
     if isinstance(one, Folded):
         fit, sums = fit // one.workers * one.workers, one.tokens * one.units
     else:

@@ -19,12 +19,13 @@ from without_layouts import interpreted
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
 from halfbyte.kernels import experts
+from halfbyte.kernels.crews import REGISTERS
 from halfbyte.kernels.experts import ExpertWeight, blocks, halves, join, join_halves, prepared, reference, tilings
 from halfbyte.kernels.experts import triton_rows as rows
 from halfbyte.kernels.experts.prepared import Kind
 from halfbyte.kernels.w4a8 import sums, tensor_cores
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
-from halfbyte.kernels.w4a8.tilings import REGISTERS, Block
+from halfbyte.kernels.w4a8.tilings import Block
 from halfbyte.kernels.w4a16 import codes
 from halfbyte.kernels.w4a16 import tensor_cores as w4a16
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight

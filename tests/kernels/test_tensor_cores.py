@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,20 +15,25 @@ from without_layouts import interpreted
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
-from halfbyte.kernels.w4a16 import codes, few_tokens, many_tokens, reference, tensor_cores, tilings
+from halfbyte.kernels import crews
+from halfbyte.kernels.w4a16 import codes, few_tokens, many_tokens, reference, streamed, tensor_cores, tilings
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
-from halfbyte.kernels.w4a16.tilings import Block, Stream, Tiling
+from halfbyte.kernels.w4a16.tilings import Block, Stream, Streamed, Tiling
 from halfbyte.packing import int32_words, mma_tiles
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
-FEW, MANY = interpreted(few_tokens, codes), interpreted(many_tokens, codes)
+KERNELS = {
+    Stream: interpreted(few_tokens, codes),
+    Block: interpreted(many_tokens, codes),
+    Streamed: interpreted(streamed, codes),
+}
 PROCESSORS = 3
 
 
 @pytest.fixture(autouse=True)
 def few_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that programs have several blocks, or parts of them."""
-    monkeypatch.setattr(MANY, "processors", lambda _device: PROCESSORS)
+    monkeypatch.setattr(KERNELS[Block], "processors", lambda _device: PROCESSORS)
 
 
 class Problem(NamedTuple):
@@ -69,8 +75,7 @@ def problem(
 
 
 def launch(problem: Problem, tiling: Tiling, weight: TensorCoreWeight | None = None) -> Tensor:
-    kernel = FEW if isinstance(tiling, Stream) else MANY
-    return kernel.matmul(problem.x, weight or problem.prepared(), problem.bias, tiling)
+    return KERNELS[type(tiling)].matmul(problem.x, weight or problem.prepared(), problem.bias, tiling)
 
 
 GROUPS = [
@@ -96,6 +101,8 @@ ONE_OF_EACH = pytest.mark.parametrize(
     "tiling", [Stream(16, 64, 2, 2, 2, 2), Block(16, 2, 1, 2, 2, True)], ids=["stream", "block"]
 )
 
+STREAMED = [Streamed(4, 2, 2, 1, 2, 2), Streamed(8, 1, 1, 2, 2, 2)]
+
 
 @pytest.mark.parametrize(("ins", "group_size"), GROUPS)
 @pytest.mark.parametrize("tiling", [SPLIT, SHARED], ids=["stream", "block"])
@@ -109,6 +116,26 @@ def test_kernels_agree_with_the_reference(tiling: Tiling, ins: int, group_size: 
 def test_every_way_to_cut_agrees_with_the_reference(tokens: int, outs: int, tiling: Tiling) -> None:
     given = problem(tokens, 256, outs, 128)
     assert_close(launch(given, tiling), given.expected(), rounding_steps=1 if isinstance(tiling, Stream) else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "outs", "ins", "tiling"),
+    [
+        pytest.param(3, 72, 768, Streamed(4, 2, 2, 1, 4, 2), id="folded-for-two-crews"),
+        pytest.param(5, 72, 1408, Streamed(8, 2, 1, 2, 3, 2), id="folded-steps-reach-past-the-inputs"),
+        pytest.param(7, 200, 640, Streamed(8, 1, 1, 1, 3, 2), id="one-crew"),
+        pytest.param(16, 136, 896, Streamed(16, 1, 2, 2, 2, 2), id="two-crews"),
+        pytest.param(1, 40, 128, Streamed(8, 1, 2, 4, 2, 2), id="a-crew-without-steps"),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_a_streamed_weight_agrees_with_the_reference(
+    tokens: int, outs: int, ins: int, tiling: Streamed, bias: bool, dtype: torch.dtype
+) -> None:
+    given = problem(tokens, ins, outs, 128, asymmetric=False, bias=bias, dtype=dtype)
+    # one rounding, which the interpreter does by cutting off in bfloat16
+    assert_close(launch(given, tiling), given.expected(), rounding_steps=1 if dtype == torch.float16 else 2)
 
 
 @pytest.mark.parametrize("group_size", [32, 128])
@@ -139,15 +166,33 @@ def test_the_unit_vectors_read_every_code(tiling: Tiling) -> None:
         assert torch.equal(y, weight.flatten(1)[:, first : first + 16].T.half())
 
 
-@ONE_OF_EACH
-def test_kernels_read_and_write_only_their_own(tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = problem(3, 208, 40, 208)
-    around = torch.full((5, 240), float("nan"), dtype=torch.float16)
-    around[1:4, 16:224] = given.x
+@pytest.mark.parametrize("tiling", STREAMED, ids=str)
+def test_the_unit_vectors_read_every_streamed_code(tiling: Streamed) -> None:
+    """Power-of-two scales and codes less 8 keep every product exact."""
+    given = problem(256, 256, 72, 128, asymmetric=False, bias=False)
+    scales = torch.tensor([0.5, 2.0]).expand(72, 2) * torch.tensor([1.0, 4.0, 8.0]).repeat(24)[:, None]
+    given = given._replace(scales=scales.half(), x=torch.eye(256).half())
+    assert torch.equal(launch(given, replace(tiling, block_m=256)), given.expected().half())
+
+
+@pytest.mark.parametrize(
+    ("tiling", "ins", "group_size"),
+    [
+        (Stream(16, 64, 2, 2, 2, 2), 208, 208), (Block(16, 2, 1, 2, 2, True), 208, 208),
+        *((tiling, 640, 128) for tiling in STREAMED),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_kernels_read_and_write_only_their_own(
+    tiling: Tiling, ins: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem(3, ins, 40, group_size, asymmetric=not isinstance(tiling, Streamed))
+    around = torch.full((5, ins + 32), float("nan"), dtype=torch.float16)
+    around[1:4, 16:-16] = given.x
     weight, empty = given.prepared(), torch.empty
     poisoned = lambda *shape, **options: empty(*shape, **options).fill_(float("nan"))  # noqa: E731
     monkeypatch.setattr(torch, "empty", poisoned)
-    y = launch(given._replace(x=around[1:4, 16:224]), tiling, weight)
+    y = launch(given._replace(x=around[1:4, 16:-16]), tiling, weight)
     monkeypatch.undo()
     assert_close(y, given.expected(), rounding_steps=2)
 
@@ -228,22 +273,68 @@ def test_arguments_that_disagree_are_refused(change: dict[str, Any], why: str) -
         tensor_cores.matmul(**{"x": given.x, "weight": weight, "bias": given.bias} | change)
 
 
-@pytest.mark.parametrize(("tokens", "module"), [(1, "few_tokens"), (20, "many_tokens")])
-def test_a_launch_runs_what_the_tiling_asks_for(tokens: int, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = problem(tokens, 128, 72, 128)
-    monkeypatch.setattr(f"halfbyte.kernels.w4a16.{module}", FEW if module == "few_tokens" else MANY)
+@pytest.mark.parametrize(
+    ("tokens", "asymmetric", "runs"), [(1, True, "few_tokens"), (1, False, "streamed"), (20, False, "many_tokens")]
+)
+def test_a_launch_runs_what_the_tiling_asks_for(
+    tokens: int, asymmetric: bool, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem(tokens, 256, 72, 128, asymmetric=asymmetric)
+    for module in (few_tokens, many_tokens, streamed):
+        monkeypatch.setattr(module, "matmul", None)
+    (kernel,) = [kernel for kernel in KERNELS.values() if kernel.__name__.startswith(f"halfbyte.kernels.w4a16.{runs}")]
+    monkeypatch.setattr(f"halfbyte.kernels.w4a16.{runs}", kernel)
     monkeypatch.setattr("torch.cuda.device_of", lambda _x: nullcontext())
     w = given.prepared()
     y = tensor_cores._on_cuda(given.x, w.words, w.scales, w.offsets, w.counters, w.outs, w.group_size, given.bias)
     assert_close(y, given.expected(), rounding_steps=2)
 
 
-@pytest.mark.parametrize("outs", [64, 4096, 16384, 151936])
-@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 32, 33, 100, 1000, 5000, 100_000])
+@pytest.mark.parametrize("outs", [64, 4096, 4224, 4288, 16384, 25344, 28672, 151936])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16, 17, 32, 33, 100, 1000, 5000, 100_000])
 def test_every_number_of_tokens_has_a_tiling_that_fits_it(tokens: int, outs: int) -> None:
-    tiling = tilings.choose(tokens, outs)
-    assert tokens <= tiling.block_m or isinstance(tiling, Block)
-    assert shared_memory(tiling) <= SHARED_MEMORY
+    kinds = product((128, 4096, 14336), ((128, True), (128, False), (64, True)))
+    for tiling in {tilings.choose(tokens, outs, ins, *kind) for ins, kind in kinds}:
+        assert tokens <= tiling.block_m or isinstance(tiling, Block)
+        assert shared_memory(tiling) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("tiling", dict.fromkeys(filter(None, chain(*tilings.STREAMED))), ids=str)
+def test_streamed_programs_fit_beside_others(tiling: Streamed) -> None:
+    assert tiling.residents * (tiling.shared_memory + 1024) <= SHARED_MEMORY
+    assert tiling.residents * (tiling.launch_registers or 0) * 32 * tiling.warps <= crews.REGISTERS
+    given_up = (tiling.workers + 1) * (tiling.launch_registers or 0) - crews.LOADER
+    assert tiling.workers * tiling.worker_registers <= given_up
+    # the sums, those of a step, and the rest
+    assert tiling.worker_registers >= tiling.block_m * tiling.fold // 2 * (tiling.units + 1) + 48
+    # a slot belongs to one crew, which so sees all of its phases
+    assert tiling.stages % tiling.workers == 0
+    assert tiling.block_m * tiling.fold >= 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outs", "ins", "tiling"),
+    [
+        (4, 4096, 4096, Streamed(4, 2, 2, 1, 16, 2)),
+        (5, 4224, 4096, Streamed(8, 2, 2, 1, 12, 2)),
+        (16, 1024, 4096, Streamed(16, 2, 2, 1, 6, 2)),
+        (1, 25344, 8192, Streamed(8, 1, 1, 2, 5, 3)),
+        (1, 25352, 8192, Streamed(8, 1, 1, 2, 4, 4)),
+        (16, 16384, 4096, Streamed(16, 1, 1, 2, 4, 3)),
+    ],
+)
+def test_symmetric_groups_of_128_stream_where_that_is_faster(
+    tokens: int, outs: int, ins: int, tiling: Streamed
+) -> None:
+    assert tilings.choose(tokens, outs, ins, 128, symmetric=True) == tiling
+    for other in ((128, False), (64, True)):
+        assert isinstance(tilings.choose(tokens, outs, ins, *other), Stream)
+
+
+@pytest.mark.parametrize(("outs", "ins"), [(4096, 4128), (4232, 4096), (16376, 4096)])
+def test_where_programs_would_not_fill_the_chip_nothing_is_streamed_so(outs: int, ins: int) -> None:
+    assert isinstance(tilings.choose(1, outs, ins, 128, symmetric=True), Stream)
+    assert tilings.stream_tokens(outs, ins, 128, symmetric=True) == 16
 
 
 @pytest.mark.parametrize(
@@ -256,6 +347,8 @@ def test_steps_and_groups_end_together(run: int, group_size: int, ins: int, fits
 
 def shared_memory(tiling: Tiling) -> int:
     """Bytes of the ring, and of what is staged."""
+    if isinstance(tiling, Streamed):
+        return tiling.shared_memory
     if isinstance(tiling, Block):
         step = tiling.run * (tiling.block_m * 128 + tiling.workers * tiling.each * 2048)
         return tiling.stages * (step + 16) + tiling.block_m * tiling.workers * tiling.each * 128
@@ -298,15 +391,21 @@ def forgotten_zeros(w: TensorCoreWeight) -> TensorCoreWeight:
     return replace(w, offsets=None)
 
 
+BUGS = [neighbouring_tiles, neighbouring_lanes, swapped_halves, rows_in_their_order, neighbouring_groups]
+
+
 @ONE_OF_EACH
-@pytest.mark.parametrize(
-    "bug",
-    [
-        neighbouring_tiles, neighbouring_lanes, swapped_halves, rows_in_their_order, neighbouring_groups, zeros_less_one,
-        forgotten_zeros,
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("bug", [*BUGS, zeros_less_one, forgotten_zeros])
 def test_the_comparison_notices(bug: Callable[[TensorCoreWeight], TensorCoreWeight], tiling: Tiling) -> None:
     """A gate that no bug can fail is no gate: the loosest bound above is 2 roundings of bfloat16, 0.016."""
     given = problem(3, 256, 128, 64)
+    assert relative_error(launch(given, tiling, bug(given.prepared())), given.expected()) > 0.1
+
+
+@pytest.mark.parametrize("tiling", STREAMED, ids=str)
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_comparison_notices_in_a_streamed_weight(
+    bug: Callable[[TensorCoreWeight], TensorCoreWeight], tiling: Streamed
+) -> None:
+    given = problem(3, 256, 128, 128, asymmetric=False)
     assert relative_error(launch(given, tiling, bug(given.prepared())), given.expected()) > 0.1

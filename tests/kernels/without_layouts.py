@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import triton.experimental
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GLUON = "triton.experimental.gluon"
@@ -141,6 +141,21 @@ def module_of(**members: Any) -> ModuleType:
     vars(module).update(members)
     return module
 
+
+def in_float32(operation: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """An operation of the interpreter, which takes bfloat16 for integers, with its operands widened and its result cut off."""
+
+    def compute(builder: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return operation(builder, a, b)
+        wide = operation(builder, builder.create_fp_ext(a, tl.float32), builder.create_fp_ext(b, tl.float32))
+        return builder.create_fp_trunc(wide, tl.bfloat16)
+
+    return compute
+
+
+for name in ("create_fadd", "create_fsub", "create_fmul"):
+    setattr(InterpreterBuilder, name, in_float32(getattr(InterpreterBuilder, name)))
 
 # a Gluon tensor's type has one, and a kernel may ask for it
 tl.block_type.layout = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -143,7 +143,7 @@ class QuantizedLinear(nn.Module):
         if self._prepared is None:
             return GEMV_TOKENS
         if isinstance(self._prepared, TensorCoreWeight):
-            return stream_tokens(self.out_features)
+            return stream_tokens(self.out_features, self.in_features, self.group_size, self._points is None)
         return cpu.PAYS_UP_TO[type(self._prepared), self._activations.dtype]
 
     def _runs(self, tokens: int) -> str:

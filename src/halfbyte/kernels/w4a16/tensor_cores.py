@@ -4,7 +4,7 @@
 for storing; `checkpoint_words` turns it back. `matmul` is the `torch.library` op `torch.ops.halfbyte.w4a16_matmul`, with
 a fake implementation for `torch.compile` and CUDA graphs, and decodes on a CPU. On a GPU `tilings.choose` says what runs:
 
-    stream   a few tokens: as fast as memory gives the weight        few_tokens
+    stream   a few tokens: as fast as memory gives the weight        few_tokens, or streamed for symmetric groups of 128
     blocks   more: each weight is decoded where it is multiplied     many_tokens
 """
 
@@ -99,14 +99,17 @@ def _on_cuda(
         x = x.clone(memory_format=torch.contiguous_format)
     weight = TensorCoreWeight(words, scales, offsets, counters, outs, x.shape[1], group_size)
     with torch.cuda.device_of(x):  # triton launches on the current device, which need not be where x is
-        return launch(x, weight, bias, tilings.choose(x.shape[0], outs))
+        tiling = tilings.choose(x.shape[0], outs, x.shape[1], group_size, symmetric=offsets is None)
+        return launch(x, weight, bias, tiling)
 
 
 def launch(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, tiling: tilings.Tiling) -> Tensor:
     """`matmul` on the current GPU with a launch that is cut up so. Rows of x start on 16 bytes."""
     # imported here: triton exists only where there is something to run it on
-    from halfbyte.kernels.w4a16 import few_tokens, many_tokens
+    from halfbyte.kernels.w4a16 import few_tokens, many_tokens, streamed
 
+    if isinstance(tiling, tilings.Streamed):
+        return streamed.matmul(x, weight, bias, tiling)
     if isinstance(tiling, tilings.Stream):
         return few_tokens.matmul(x, weight, bias, tiling)
     return many_tokens.matmul(x, weight, bias, tiling)

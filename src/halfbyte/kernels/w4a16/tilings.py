@@ -1,8 +1,12 @@
 """How the launches of the prepared kernels are cut up: tables measured once, by `benchmarks/w4a16.py --search`."""
 
 from dataclasses import dataclass
+from math import ceil
+
+from halfbyte.kernels.crews import Crews
 
 EARLY = True  # a launch may start to fetch its weight while the kernel before it ends ("programmatic dependent launch")
+GROUP = 128  # inputs that share a scale, in `streamed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +40,38 @@ class Block:
     beside: int = 8
 
 
-Tiling = Stream | Block
+@dataclass(frozen=True, slots=True)
+class Streamed(Crews):
+    """`streamed`: a program has 64 / `fold` outputs and all inputs, its crews take steps of `units` · `fold` · 128 in turns.
 
+    `residents` fit side by side on a multiprocessor: those of a launch, and of the next one.
+    """
+
+    block_m: int
+    fold: int
+    workers: int
+    units: int
+    stages: int
+    residents: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of the ring, and of what crews leave each other."""
+        step = self.units * (self.fold * self.block_m * 256 + 4096 + self.fold * 128)
+        return self.stages * (step + 16) + self.workers * self.fold * self.block_m * 256 + 8
+
+
+Tiling = Stream | Block | Streamed
+
+PROCESSORS = 132  # of an H200, for which the launches were found
 # rows: at most so many tokens; the last row is for more, too
-TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
-# columns: at least so many outputs. Of an H200's 132 multiprocessors, the third column gives every one a block of 64
+TOKENS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+# columns: at least so many outputs. Of the multiprocessors, the third column gives every one a block of 64
 # outputs or two, the fourth three or more; in the second it takes blocks of 32 for that
 OUTS = (0, 6144, 16384, 25344)
 TABLE: tuple[tuple[Tiling, ...], ...] = (
-    (Stream(8, 32, 4, 2, 3, 4), Stream(8, 32, 4, 2, 4, 1), Stream(8, 64, 4, 2, 3, 1), Stream(8, 64, 2, 2, 4, 1)),
+    *2
+    * ((Stream(8, 32, 4, 2, 3, 4), Stream(8, 32, 4, 2, 4, 1), Stream(8, 64, 4, 2, 3, 1), Stream(8, 64, 2, 2, 4, 1)),),
     (Stream(16, 32, 4, 2, 4, 2), Stream(16, 32, 4, 2, 4, 1), Stream(16, 64, 2, 2, 3, 1), Stream(16, 64, 2, 2, 3, 1)),
     (
         Block(32, 2, 1, 2, 9, True),
@@ -65,21 +92,44 @@ TABLE: tuple[tuple[Tiling, ...], ...] = (
     4 * (Block(256, 2, 1, 2, 2, False),),
 )
 
+# what is faster for symmetric groups of 128, in the first rows; None: what `TABLE` says. Columns: `streamed_column`
+STREAMED: tuple[tuple[Streamed | None, ...], ...] = (
+    (Streamed(4, 2, 2, 1, 16, 2), None, Streamed(8, 1, 1, 2, 5, 3), Streamed(8, 1, 1, 2, 4, 4)),
+    (Streamed(8, 2, 2, 1, 12, 2), None, Streamed(8, 1, 1, 2, 5, 3), Streamed(8, 1, 1, 2, 4, 4)),
+    (Streamed(16, 2, 2, 1, 6, 2), None, Streamed(16, 1, 1, 2, 4, 3), Streamed(16, 1, 1, 2, 3, 4)),
+    (None, None, None, None),
+)
 
-def choose(tokens: int, outs: int) -> Tiling:
-    """What to launch for so many tokens and outputs."""
+
+def choose(tokens: int, outs: int, ins: int, group_size: int, symmetric: bool) -> Tiling:
+    """What to launch for so many tokens and a weight of that shape."""
     row = next((row for row, most in enumerate(TOKENS) if tokens <= most), len(TOKENS) - 1)
-    return TABLE[row][column(outs)]
+    other = streamed_column(outs, ins) if symmetric and group_size == GROUP and row < len(STREAMED) else None
+    return (None if other is None else STREAMED[row][other]) or TABLE[row][column(outs)]
 
 
 def column(outs: int) -> int:
-    """The column of the table for so many outputs."""
+    """The column of `TABLE` for so many outputs."""
     return max(column for column, least in enumerate(OUTS) if outs >= least)
 
 
-def stream_tokens(outs: int) -> int:
-    """Up to how many tokens `few_tokens` runs."""
-    return max(most for most in TOKENS if isinstance(choose(most, outs), Stream))
+def streamed_column(outs: int, ins: int) -> int | None:
+    """The column of `STREAMED`, if any.
+
+    0, 1: no more programs of 32 outputs than multiprocessors; at most 4096 inputs, or more. 2, 3: from 16384 outputs on; at
+    most three programs of 64 outputs for every multiprocessor, or more.
+    """
+    tiles = ceil(outs / 64)
+    if 2 * tiles <= PROCESSORS:
+        return 0 if ins <= 4096 else 1
+    if outs < OUTS[2]:
+        return None
+    return 2 if tiles <= 3 * PROCESSORS else 3
+
+
+def stream_tokens(outs: int, ins: int, group_size: int, symmetric: bool) -> int:
+    """Up to how many tokens `few_tokens` or `streamed` runs."""
+    return max(most for most in TOKENS if not isinstance(choose(most, outs, ins, group_size, symmetric), Block))
 
 
 def run_of(run: int, group_size: int, ins: int) -> int:

@@ -3,24 +3,14 @@
 from dataclasses import dataclass
 from math import ceil
 
+from halfbyte.kernels.crews import Crews
+
 EARLY = True  # a launch may start to fetch its weight while the kernel before it ends ("programmatic dependent launch")
-REGISTERS = 65536  # of a multiprocessor
-LOADER = 24  # registers of its threads
 GROUP = 128  # inputs: the least that share a scale
 
 
-def launch_registers(workers: int, residents: int) -> int:
-    """Registers per thread at launch, of so many crews and a loader, for so many programs to fit side by side."""
-    return min(REGISTERS // residents // (32 * (4 * workers + 4)) // 8 * 8, 248)
-
-
-def worker_registers(workers: int, residents: int) -> int:
-    """Registers per thread of a crew, once the loader has given up its own."""
-    return min((launch_registers(workers, residents) * (workers + 1) - LOADER) // workers // 8 * 8, 240)
-
-
 @dataclass(frozen=True, slots=True)
-class Block:
+class Block(Crews):
     """A block is [`workers` · `each` · 64 outputs, `block_m` tokens], a step `units` · 128 inputs.
 
     `programs` for every multiprocessor take blocks in turns, or with `shared` steps; or `split` programs share each block.
@@ -40,20 +30,6 @@ class Block:
     beside: int = 8
 
     @property
-    def warps(self) -> int:
-        return 4 * self.workers + 4
-
-    @property
-    def launch_registers(self) -> int | None:
-        """Registers per thread at launch, for `residents` to fit; None for all that there are."""
-        return None if self.residents == 1 else launch_registers(self.workers, self.residents)
-
-    @property
-    def worker_registers(self) -> int:
-        """Registers per thread of a crew, once the loader has given up its own."""
-        return worker_registers(self.workers, self.residents)
-
-    @property
     def shared_memory(self) -> int:
         """Bytes of the ring, and of what is staged."""
         tiles = self.workers * self.each
@@ -62,7 +38,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Folded:
+class Folded(Crews):
     """A program has 32 outputs and all inputs, for at most `tokens` tokens; a step is `units` · 256 inputs.
 
     `residents` fit side by side on a multiprocessor: those of a launch, and of the next one.
@@ -73,20 +49,6 @@ class Folded:
     units: int
     stages: int
     residents: int
-
-    @property
-    def warps(self) -> int:
-        return 4 * self.workers + 4
-
-    @property
-    def launch_registers(self) -> int:
-        """Registers per thread at launch, for `residents` to fit."""
-        return launch_registers(self.workers, self.residents)
-
-    @property
-    def worker_registers(self) -> int:
-        """Registers per thread of a crew, once the loader has given up its own."""
-        return worker_registers(self.workers, self.residents)
 
     @property
     def shared_memory(self) -> int:
