@@ -285,6 +285,7 @@ def test_a_launch_runs_what_the_tiling_asks_for(
     (kernel,) = [kernel for kernel in KERNELS.values() if kernel.__name__.startswith(f"halfbyte.kernels.w4a16.{runs}")]
     monkeypatch.setattr(f"halfbyte.kernels.w4a16.{runs}", kernel)
     monkeypatch.setattr("torch.cuda.device_of", lambda _x: nullcontext())
+    monkeypatch.setattr(tilings, "PROCESSORS", 4)  # which so few outputs fill
     w = given.prepared()
     y = tensor_cores._on_cuda(given.x, w.words, w.scales, w.offsets, w.counters, w.outs, w.group_size, given.bias)
     assert_close(y, given.expected(), rounding_steps=2)
@@ -317,7 +318,7 @@ def test_streamed_programs_fit_beside_others(tiling: Streamed) -> None:
     [
         (4, 4096, 4096, Streamed(4, 2, 2, 1, 16, 2)),
         (5, 4224, 4096, Streamed(8, 2, 2, 1, 12, 2)),
-        (16, 1024, 4096, Streamed(16, 2, 2, 1, 6, 2)),
+        (16, 2112, 4096, Streamed(16, 2, 2, 1, 6, 2)),
         (1, 25344, 8192, Streamed(8, 1, 1, 2, 5, 3)),
         (1, 25352, 8192, Streamed(8, 1, 1, 2, 4, 4)),
         (16, 16384, 4096, Streamed(16, 1, 1, 2, 4, 3)),
@@ -331,7 +332,7 @@ def test_symmetric_groups_of_128_stream_where_that_is_faster(
         assert isinstance(tilings.choose(tokens, outs, ins, *other), Stream)
 
 
-@pytest.mark.parametrize(("outs", "ins"), [(4096, 4128), (4232, 4096), (16376, 4096)])
+@pytest.mark.parametrize(("outs", "ins"), [(2048, 4096), (4096, 4128), (4232, 4096), (16376, 4096)])
 def test_where_programs_would_not_fill_the_chip_nothing_is_streamed_so(outs: int, ins: int) -> None:
     assert isinstance(tilings.choose(1, outs, ins, 128, symmetric=True), Stream)
     assert tilings.stream_tokens(outs, ins, 128, symmetric=True) == 16

@@ -116,10 +116,12 @@ def column(outs: int) -> int:
 def streamed_column(outs: int, ins: int) -> int | None:
     """The column of `STREAMED`, if any.
 
-    0, 1: no more programs of 32 outputs than multiprocessors; at most 4096 inputs, or more. 2, 3: from 16384 outputs on; at
-    most three programs of 64 outputs for every multiprocessor, or more.
+    0, 1: a program of 32 outputs for every multiprocessor, or for half of them; at most 4096 inputs, or more. 2, 3: from
+    16384 outputs on; at most three programs of 64 outputs for every multiprocessor, or more.
     """
     tiles = ceil(outs / 64)
+    if 4 * tiles < PROCESSORS:
+        return None
     if 2 * tiles <= PROCESSORS:
         return 0 if ins <= 4096 else 1
     if outs < OUTS[2]:
