@@ -81,6 +81,16 @@ def stock(options: argparse.Namespace) -> dict[str, Any]:
     return {"recipe": "transformers generate", "batch": 1, "step_seconds": (all_of_them - first) / STOCK_TOKENS}
 
 
+def add(file: Path, shape: str, row: dict[str, Any]) -> None:
+    """Put the row into the file, in the place of an older one of the same shape, recipe and batch."""
+    found = json.loads(file.read_text())["rows"] if file.exists() else []
+    row = {"model": shape, **row}
+    is_same = lambda other: all(other[key] == row[key] for key in ("model", "recipe", "batch"))  # noqa: E731
+    rows = [other for other in found if not is_same(other)] + [row]
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    file.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-2-7b")
@@ -107,10 +117,8 @@ def main() -> None:
         rows.append(row)
         told = {key: row.get(key) for key in ("recipe", "batch", "step_seconds", "bound_seconds", "prefill_seconds")}
         print(f"{time.time() - start:5.0f} s", json.dumps(told), row.get("failed", ""), flush=True)
-        if options.json:
-            options.json.write_text(
-                json.dumps({"shape": options.shape, "torch": torch.__version__, "rows": rows}, indent=1)
-            )
+        if options.json and "failed" not in row:
+            add(options.json, options.shape, row)
     base = {row["batch"]: row for row in rows if row["recipe"] == BF16 and "failed" not in row}
     for row in rows:
         if "prefill_seconds" in row and row["batch"] in base:

@@ -88,11 +88,10 @@ def measure(model: Path, method: str, scale: dict[str, Any], seed: int, options:
     }
 
 
-def told(rows: list[dict[str, Any]], base: float, sign: str) -> str:
-    """The mean perplexity over the seeds less `base`, with its standard error where there are several."""
-    perplexities = [row["perplexity"] for row in rows]
-    error = f" ± {stdev(perplexities) / len(rows) ** 0.5:.3f}" if len(rows) > 1 else ""
-    return f"{fmean(perplexities) - base:{sign}.3f}{error}"
+def told(figures: list[float], sign: str = "") -> str:
+    """The mean over the seeds, with its standard error where there are several."""
+    error = f" ± {stdev(figures) / len(figures) ** 0.5:.3f}" if len(figures) > 1 else ""
+    return f"{fmean(figures):{sign}.3f}{error}"
 
 
 Found = dict[tuple[str, str, str, str | int], list[dict[str, Any]]]
@@ -107,7 +106,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     amplifiers = [amplifier for amplifier in AMPLIFIERS if any(key[3] == amplifier for key in found)]
     head = ["α", *(f"{model}: {method}" for model, method in columns)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    exact = [told(found[model, method, "float", ""], 0.0, "") for model, method in columns]
+    exact = [told([row["perplexity"] for row in found[model, method, "float", ""]]) for model, method in columns]
     lines.append(f"| float | {' | '.join(exact)} |")
     for amplifier in amplifiers:
         cells = (" / ".join(difference(found, *column, form, amplifier) for form in FORMS) for column in columns)
@@ -116,11 +115,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def difference(found: Found, model: str, method: str, form: str, amplifier: str | int) -> str:
-    """To float scales with the same calibration text."""
+    """To float scales with the same calibration text, seed by seed."""
+    exact = {row["seed"]: row["perplexity"] for row in found[model, method, "float", ""]}
     mine = found.get((model, method, form, amplifier), [])
-    seeds = {row["seed"] for row in mine}
-    exact = [row["perplexity"] for row in found[model, method, "float", ""] if row["seed"] in seeds]
-    return told(mine, fmean(exact), "+") if exact else "–"
+    differences = [row["perplexity"] - exact[row["seed"]] for row in mine if row["seed"] in exact]
+    return told(differences, "+") if differences else "–"
 
 
 def plot(rows: list[dict[str, Any]], model: str) -> str:

@@ -68,6 +68,7 @@ SINKS_AND_WINDOW = {"sinks": 4, "window": 64}
 PRESENT = {"past_only": False}
 WKV: dict[str, Any] = {"method": "wkv"}
 DISTANCES = (64, 128, 256, 512, 960)
+SEQUENTIAL = "-sequential"  # behind a variant's name: with `sequential: true`
 
 # name: bits, fields of the weight format, of the inputs' format, steps
 VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]] = {
@@ -102,6 +103,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[
     "w3-crr-quarter": (3, {}, None, [NEAREST, CRR | {"samples": 0.25}]),
     "w3-crr-stride4": (3, {}, None, [NEAREST, CRR | {"stride": 4}]),
     "w3-crr-cheap": (3, {}, None, [NEAREST, CHEAP]),
+    "w3-crr-cheapest": (3, {}, None, [NEAREST, CRR | {"samples": 0.25, "epochs": 4, "stride": 4}]),
     "w3-search": (3, {}, None, [NEAREST, SEARCH]),
     "w3-search-whole": (3, {}, None, [RTN, SEARCH | {"ratios": [0.5, 0.6, 0.7, 0.8, 0.9]}]),
     "w3-search-mse": (3, {}, None, [NEAREST, SEARCH | BLOCK_WISE]),
@@ -126,6 +128,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any] | None, list[dict[
     "w4-clip-moves": (4, {}, None, [NEAREST, MOVES]),
     "w4-clip-moves-gptq": (4, {}, None, [GPTQ, MOVES | {"finish": GPTQ}]),
     "w4-clip-moves-gptaq": (4, {}, None, [GPTAQ, MOVES | {"finish": GPTAQ}]),
+    "w4-awq-clip-moves-gptaq": (4, {}, None, [AWQ, GPTAQ, MOVES | {"finish": GPTAQ}]),
     "w4-clip-moves-gptaq-lkd": (4, {}, None, [GPTAQ, MOVES | {"finish": GPTAQ}, LKD]),
     # 4 bits, and a 4-bit cache that is there while ranges learn; perplexity through the cache
     "w4kv4-gptq": (4, {}, None, [GPTQ]),
@@ -199,7 +202,7 @@ BLOCKS: dict[str, OmniQuant | WKVQuant] = {
 
 def recipe(variant: str, epochs: float | None) -> dict[str, Any]:
     """The variant as a recipe; `epochs` in place of its own where it learns."""
-    bits, weights, activations, steps = VARIANTS[variant]
+    bits, weights, activations, steps = VARIANTS[variant.removesuffix(SEQUENTIAL)]
     group = {"kind": "group", "size": 128}
     if epochs is not None:
         steps = [step | ({"epochs": epochs} if step["method"] in ("omniquant", "wkvquant") else {}) for step in steps]
@@ -210,7 +213,7 @@ def recipe(variant: str, epochs: float | None) -> dict[str, Any]:
         scheme["cache"] |= PRESENT if "present" in variant else {}
         steps = steps if "plain" in variant else [*steps, WKV]
     ignored = ["lm_head", "*.layers.[1-9]*"] if "block0" in variant else ["lm_head"]
-    return {"scheme": scheme, "steps": steps, "ignore": ignored}
+    return {"scheme": scheme, "steps": steps, "ignore": ignored, "sequential": variant.endswith(SEQUENTIAL)}
 
 
 def measure(model: Path, variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -314,9 +317,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", type=Path, default=[])
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument(
-        "--variants", nargs="*", help=f"of {', '.join(VARIANTS)}; with --time-block: {', '.join(BLOCKS)}"
-    )
+    names = f"of {', '.join(VARIANTS)}, each also with {SEQUENTIAL}; with --time-block: {', '.join(BLOCKS)}"
+    parser.add_argument("--variants", nargs="*", help=names)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--epochs", type=float, help="in place of the variants' own")
