@@ -1,7 +1,7 @@
-"""What a head in 8 bits costs in quality: the tables of docs/recipes.md.
+"""What a head in 8 bits costs in quality: the table of docs/head.md.
 
     python benchmarks/head.py --models ref-llama-22m ref-llama-22m-outliers --calibration calib.txt --text test.txt \
-        --json docs/measurements/head.json
+        --json docs/measurements/head.json --page docs/head.md
 
 The protocol of quality.py. What the blocks become does not depend on the head, so they are quantized once for each model,
 and the head is replaced in memory by what a checkpoint of `scheme.head` holds: the nearest codes to the source's weight.
@@ -29,6 +29,7 @@ from halfbyte.runtime.load import load
 from halfbyte.runtime.replacement import from_module
 from halfbyte.scheme import ActivationFormat, PerChannel, PerGroup, WeightFormat
 
+BEGIN, END = "<!-- head: begin -->", "<!-- head: end -->"
 PER_CHANNEL = WeightFormat(bits=8, granularity=PerChannel())
 IN_GROUPS = WeightFormat(bits=8, granularity=PerGroup(size=128))
 HEADS: dict[str, tuple[WeightFormat, ActivationFormat | None] | None] = {
@@ -70,6 +71,19 @@ def measure(
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each head on the same blocks, perplexity and mean KL for each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells = {(row["blocks"], row["head"], row["model"]): row for row in rows}
+    lines = ["| blocks | head | " + " | ".join(f"{model}: perplexity | KL" for model in models) + " |"]
+    lines.append("|" + "---|" * (2 + 2 * len(models)))
+    for blocks, head in dict.fromkeys((row["blocks"], row["head"]) for row in rows):
+        found = [cells[blocks, head, model] for model in models]
+        values = [f"{row['perplexity']:.3f} | {row['kl_mean']:.5f}" for row in found]
+        lines.append(f"| {blocks} | {head} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, required=True, help="models whose head is called lm_head")
@@ -77,6 +91,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--recipe", default="integer-scale-w4a8")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="replace the table between the markers of this file")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for model in options.models:
@@ -95,6 +110,9 @@ def main() -> None:
     if options.json:
         device = platform.processor() or "cpu"
         options.json.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1) + "\n")
+    if options.page:
+        before, rest = options.page.read_text().split(BEGIN)
+        options.page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -32,8 +32,10 @@ from halfbyte.kernels.w4a8.prepared import Kind, PreparedWeight
 from halfbyte.kernels.w4a8.tilings import TOKENS, Block, Folded, Tiling
 from halfbyte.kernels.w4a16 import tensor_cores as w4a16
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
+from halfbyte.kernels.w4a16.tilings import choose as choose_w4a16
 from halfbyte.packing import int32_words
 from w4a16 import BYTES_PER_SECOND, COPIES_BYTES, NODES, Call, stages_that_fit
+from w4a16 import compile_all as compile_w4a16
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
@@ -326,18 +328,23 @@ def main() -> None:
     over = lambda share: time.monotonic() - began > share * options.seconds  # noqa: E731
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {DTYPE}, g{GROUP}")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    shapes: list[tuple[int, int]] = [
+        (int(outs), int(ins)) for outs, ins in (s.split("x") for s in options.shapes.split(","))
+    ]
     searched = [int(tokens) for tokens in options.search.split(",") if tokens]
     kinds: list[Kind] = [kind for kind in KINDS if kind in options.kinds.split(",")]
     jobs: list[tuple[Kind, Tiling]] = [
-        (kind, t) for kind in kinds for tokens in searched for t in dict.fromkeys(candidates(kind, tokens))
+        (kind, t) for kind in kinds for count in searched for t in dict.fromkeys(candidates(kind, count))
     ]
+    tokens = [int(tokens) for tokens in options.tokens.split(",") if tokens]
     if not searched:
-        tokens = [int(tokens) for tokens in options.tokens.split(",")]
         chosen = lambda kind, t, outs, ins: (kind, tilings.choose(kind, t, outs, ins, GROUP))  # noqa: E731
         jobs = [chosen(kind, t, *shape) for kind in KINDS for t in tokens for shape in shapes]
     jobs = list(dict.fromkeys(jobs))
-    works = compile_all(jobs)
+    with ThreadPoolExecutor(1) as beside:
+        others = {choose_w4a16(t, outs, ins, GROUP, symmetric=True) for t in tokens for outs, ins in shapes}
+        beside.submit(compile_w4a16, [(tiling, GROUP, False, True) for tiling in others])
+        works = compile_all(jobs)
     print(f"{len(works)} of {len(jobs)} kernels compiled and right after {time.monotonic() - began:.0f} s", flush=True)
     times: Times = {}
     picks: dict[tuple[Kind, int, int, int], Tiling] = {}
@@ -346,15 +353,15 @@ def main() -> None:
     record |= {"triton": triton.__version__}
     for outs, ins in shapes:
         cases: dict[Kind, Case] = {kind: Case.of(kind, outs, ins) for kind in KINDS}
-        for tokens in searched:
+        for count in searched:
             for kind in kinds:
-                if not over(0.9) and (best := search(kind, cases[kind], tokens, works, times)):
-                    picks[kind, tokens, outs, ins] = best[0]
+                if not over(0.9) and (best := search(kind, cases[kind], count, works, times)):
+                    picks[kind, count, outs, ins] = best[0]
         if options.tokens:
             peers = Peers.of(outs, ins)
-            for tokens in map(int, options.tokens.split(",")):
+            for count in tokens:
                 if not over(1.0):
-                    rows.append(measure(tokens, cases, peers, picks))
+                    rows.append(measure(count, cases, peers, picks))
                     print(line(rows[-1]), flush=True)
         if options.json:
             found = [

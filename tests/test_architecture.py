@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "block": {"errors", "scheme", "numerics", "models", "calibration", "methods", "recipe", "record"},
     "evaluation": {"errors", "scheme", "calibration", "models", "layouts", "runtime", "record", "plan", "recipe"},
     "checkpoint": {
-        "errors", "scheme", "numerics", "models", "calibration", "recipe", "layouts", "plan", "evaluation", "__init__",
+        "errors", "scheme", "numerics", "models", "calibration", "recipe", "layouts", "plan", "record", "evaluation",
+        "__init__",
     },
-    "run": {"errors", "machine", "numerics", "models", "calibration", "recipe", "layouts", "runtime", "plan"},
+    "run": {"errors", "machine", "numerics", "models", "calibration", "recipe", "layouts", "runtime", "plan", "record"},
     "pipeline": {
         "errors", "machine", "models", "recipe", "layouts", "block", "record", "plan", "run", "checkpoint",
         "evaluation",

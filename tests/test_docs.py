@@ -13,7 +13,6 @@ import typer
 from halfbyte.cli import app
 from halfbyte.errors import RecipeError
 from halfbyte.kernels.w4a8 import tilings as w4a8_tilings
-from halfbyte.kernels.w4a16 import tilings
 from halfbyte.numerics import ranges
 from halfbyte.recipe import Recipe, shipped
 
@@ -167,44 +166,44 @@ def test_perplexities_and_second_copies_are_measured_ones(page, files):
     assert set(told) <= figures
 
 
+def test_the_table_of_heads_holds_the_measured_figures():
+    rows = {(row["blocks"], row["head"], row["model"]): row for row in measured("head.json")["rows"]}
+    page = (ROOT / "docs" / "head.md").read_text().partition("<!-- head: begin -->")[2]
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    models = [cell.removesuffix(": perplexity") for cell in header if cell.endswith(": perplexity")]
+    found = {
+        (blocks, head, model): (cells[2 * place], cells[2 * place + 1])
+        for blocks, head, *cells in lines
+        for place, model in enumerate(models)
+    }
+    assert found == {key: (f"{row['perplexity']:.3f}", f"{row['kl_mean']:.5f}") for key, row in rows.items()}
+
+
 def test_the_range_searches_are_as_the_page_says():
     text = (ROOT / "docs" / "rtn.md").read_text()
     assert f"of {ranges.MSE_STEPS} ranges, from the whole one down towards {ranges.SMALLEST_SHRINK} of it" in text
     assert f"of {ranges.CLIP_STEPS} ranges down towards {ranges.SMALLEST_CLIP}" in text
 
 
-def test_the_table_of_the_kernel_holds_the_measured_times():
-    text = (ROOT / "docs" / "speed.md").read_text()
-    (found,) = [rows for rows in tables(text) if {"out × in", "4096"} <= rows[0].keys()]
-    measured_rows = measured("w4a16_h200.json")["rows"]
-    cells = {}
-    for row in measured_rows:
-        name = f"{row['outs']} × {row['ins']}"
-        of_weight = cells.setdefault(name, {"out × in": name})
-        of_weight[str(row["tokens"])] = f"{row['halfbyte']:.1f} ({row['speedup']:.2f})"
-    assert found == list(cells.values())
-    # asked as if there were zero points: the page says that the table is older than `streamed`
-    for row in measured_rows:
-        chosen = tilings.choose(row["tokens"], row["outs"], row["ins"], row["group_size"], symmetric=False)
-        assert row["tiling"] == repr(chosen)
-
-
-def test_the_table_of_the_w4a8_kernels_holds_the_measured_times_of_what_they_launch():
-    text = (ROOT / "docs" / "w4a8.md").read_text()
-    (found,) = [rows for rows in tables(text) if {"kind", "out × in", "1024"} <= rows[0].keys()]
-    times = {}
-    for row in measured("w4a8_h200.json")["rows"]:
-        times[row["kind"], f"{row['outs']} × {row['ins']}", row["tokens"], row["tiling"]] = row["microseconds"]
-    told = 0
-    for row in found:
-        kind, name = row["kind"].strip("`"), row["out × in"]
-        for tokens in (1, 16, 32, 64, 128, 256, 1024):
-            if kind != "fp8" and row[str(tokens)] != "–":
-                outs, ins = map(int, name.split(" × "))
-                tiling = w4a8_tilings.choose(kind, tokens, outs, ins, 128)
-                assert row[str(tokens)].split()[0] == f"{times[kind, name, tokens, repr(tiling)]:.1f}"
-                told += 1
-    assert told > 40
+def test_the_tables_of_4_bit_products_hold_the_measured_times_of_what_they_launch():
+    (w4a16,) = [
+        rows for rows in tables((ROOT / "docs" / "speed.md").read_text()) if {"out × in", "4096"} <= rows[0].keys()
+    ]
+    (w4a8,) = [rows for rows in tables((ROOT / "docs" / "w4a8.md").read_text()) if {"kind", "1024"} <= rows[0].keys()]
+    columns = {"`fp8`": "fp8", "w4a16": "w4a16"} | {
+        f"`{kind}`": f"{kind}_scales" for kind in ("float", "integer", "weight")
+    }
+    times = {(f"{row['outs']} × {row['ins']}", row["tokens"]): row for row in measured("w4a8_h200.json")["rows"]}
+    for told in [*w4a8, *(row | {"kind": "w4a16"} for row in w4a16)]:
+        for (shape, tokens), row in times.items():
+            if shape == told["out × in"]:
+                taken = row[columns[told["kind"]]]
+                assert told[str(tokens)] == f"{taken:.1f} ({row['cublas'] / taken:.2f})"
+    assert len(times) == 50
+    assert len(w4a8) == 4 * len(w4a16) == 20
+    for (_, tokens), row in times.items():
+        for kind, tiling in row["tilings"].items():
+            assert tiling == repr(w4a8_tilings.choose(kind, tokens, row["outs"], row["ins"], 128))
 
 
 def test_the_tables_of_experts_hold_the_measured_times():

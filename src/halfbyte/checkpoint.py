@@ -6,7 +6,7 @@ Names are those of the source checkpoint, so that every client finds what it loo
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from halfbyte.numerics.cache import Smoothing
 from halfbyte.numerics.quantized import QuantizedModule, stored_format
 from halfbyte.plan import Plan, ignored_paths
 from halfbyte.recipe import Recipe
+from halfbyte.record import ModuleRecord
 from halfbyte.scheme import ActivationFormat, WeightFormat
 
 LAYOUT = OWN
@@ -143,18 +144,23 @@ def write_rest(
     files: WeightFiles,
     folder: OutputFolder,
     name: str,
-    changed: Callable[[], Mapping[str, Tensor]] = dict,
+    changed: Callable[[], tuple[Mapping[str, Tensor | None], list[ModuleRecord]]],
 ) -> None:
-    """Everything of the source that no block holds, as it was stored, or as `changed` says: path -> value."""
+    """Everything of the source that no block holds, as it was stored, or as `changed` says: path -> value, None: not.
+
+    `changed` also gives the journal's record.
+    """
     if name in folder.finished:
         return
     prefix = skeleton.blocks_name + "."
     inside = {
         skeleton.stored_name(path, files) for path, _ in skeleton.model.named_parameters() if path.startswith(prefix)
     }
-    tensors = {skeleton.stored_name(path, files): value.cpu() for path, value in changed().items()}
+    values, records = changed()
+    tensors = {skeleton.stored_name(path, files): value for path, value in values.items()}
     tensors |= {key: files.read(key) for key in files if key not in inside and key not in tensors}
-    folder.write_tensors(name, {key: tensors[key] for key in sorted(tensors)}, [])
+    stored = {key: value.cpu() for key, value in sorted(tensors.items()) if value is not None}
+    folder.write_tensors(name, stored, [asdict(record) for record in records])
 
 
 def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe, report: Report) -> Report:
@@ -165,11 +171,12 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
     for path in sorted({path for pattern in CARRIED for path in source.glob(pattern)} - {source / n for n in REPLACED}):
         folder.copy(path)
     formats = {module.path: stored_format(module.format, *module.shape) for module in plan if module.format is not None}
-    on_disk = {skeleton.disk_path(path): format for path, format in formats.items()}
+    on_disk = {name: format for path, format in formats.items() for name in sorted(skeleton.known_names(path))}
     inputs = {
-        skeleton.disk_path(record.path): record.input_format
+        name: record.input_format
         for record in report.modules
         if record.input_format is not None
+        for name in sorted(skeleton.known_names(record.path))
     }
     quantization: dict[str, Any] = (
         LAYOUT.config(on_disk, ignored_paths(skeleton, plan), inputs) if on_disk else {"ignore": []}
@@ -188,7 +195,7 @@ def finish(skeleton: Skeleton, folder: OutputFolder, plan: Plan, recipe: Recipe,
         "files": {name: entry["sha256"] for name, entry in folder.finished.items()},
     }
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
-    if recipe.rotation is not None and recipe.rotation.unties:
+    if plan.head is not None or (recipe.rotation is not None and recipe.rotation.unties):
         config["tie_word_embeddings"] = False
     folder.write_text("model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
     folder.write_text(SIDECAR, json.dumps(sidecar, indent=2, sort_keys=True))

@@ -20,6 +20,8 @@ from halfbyte.layouts.embeddings import embedding_formats
 from halfbyte.layouts.rotations import online_inputs
 from halfbyte.models.linearize import is_transposed
 from halfbyte.models.load import WeightFiles
+from halfbyte.models.names import outer_name
+from halfbyte.models.tables import architecture_of
 from halfbyte.runtime.cache_plan import attach_cache, stored_plan
 from halfbyte.runtime.integer_linear import IntegerLinear
 from halfbyte.runtime.linear import LAYOUT, QuantizedLinear
@@ -72,9 +74,11 @@ class HalfbyteQuantizer(HfQuantizer):
         for name, format in formats.items():
             outliers = stored.get(f"{name}.outlier_columns".removeprefix(model.base_model_prefix + "."), (0,))
             model.set_submodule(name, _room(linears[name], (format, activations.get(name)), *outliers))
-            # transformers would draw random weights for it, and GPT-2 does so from the module around it
-            for part in (name, name.rpartition(".")[0]):
-                model.get_submodule(part)._is_hf_initialized = True
+            # transformers would draw random weights for it, and GPT-2 does so from the module around it; other modules
+            # around it may have to compute buffers that no file holds, such as GPT-J's sines
+            around: Any = model.get_submodule(name.rpartition(".")[0])
+            around._is_hf_initialized = is_transposed(linears[name]) or not around._non_persistent_buffers_set
+            model.get_submodule(name)._is_hf_initialized = True
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.{suffix}$" for suffix in SUFFIXES}
         self.checkpoint_files = checkpoint_files
@@ -108,12 +112,13 @@ def _room(linear: Any, formats: Formats, outliers: int) -> Replacement:
 
 
 def _stored(model: Any, checkpoint_files: list[str] | None) -> dict[str, tuple[int, ...]]:
-    """Tensors of the files by name, without the base model's prefix, and their shapes."""
+    """Tensors of the files by the model's names, without the base model's prefix, and their shapes."""
     if not checkpoint_files:
         return {}
-    paths = [Path(file) for file in checkpoint_files]
+    paths, table = [Path(file) for file in checkpoint_files], architecture_of(model.config.model_type)
     files = WeightFiles(paths[0].parent, [path.name for path in paths])
-    return {name.removeprefix(model.base_model_prefix + "."): files.shape(name) for name in files}
+    names = {name: name if table is None else outer_name(table, name) for name in files}
+    return {here.removeprefix(model.base_model_prefix + "."): files.shape(name) for name, here in names.items()}
 
 
 def _check_files(model: Any, names: Iterable[str], stored: Iterable[str], folder: Path) -> None:

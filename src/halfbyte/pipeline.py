@@ -118,6 +118,7 @@ def quantize(
         rest = f"model-{blocks + 1:05d}-of-{blocks + 1:05d}.safetensors"
         write_rest(run.skeleton, run.files, folder, rest, run.outside_as_stored)
         folder.flush()
+        records += [ModuleRecord.from_json(record) for record in folder.finished[rest]["record"]]
         host, used = peak_memory_used(run.device)
         report = Report(
             model=str(model),

@@ -38,7 +38,7 @@ class PlannedRotations:
     """What a recipe's rotation leaves to run time, and what it costs on disk."""
 
     inputs: Mapping[str, OnlineHadamard] = field(default_factory=dict)  # by path of the linear that reads them
-    untied: int = 0  # bytes of a head that no longer shares the embedding's weight
+    untied: int = 0  # bytes of an unquantized head that no longer shares the embedding's weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Plan:
     seconds: float | None  # None until a throughput was measured
     rotations: PlannedRotations = PlannedRotations()
     tables: Mapping[str, WeightFormat] = field(default_factory=dict)  # of embeddings, by path
+    head: ModulePlan | None = None  # where it is quantized
 
     def formats(self, prefix: str) -> dict[str, WeightFormat]:
         """Name relative to `prefix` -> format, of the modules below it that will be quantized."""
@@ -72,7 +73,7 @@ class Plan:
         }
 
     def __iter__(self) -> Iterator[ModulePlan]:
-        return iter(self.modules)
+        return iter(self.modules if self.head is None else (*self.modules, self.head))
 
 
 def plan_modules(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> tuple[ModulePlan, ...]:
@@ -123,8 +124,8 @@ def plan_rotations(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> Pl
     if rotation is None:
         return PlannedRotations()
     rotation.check(skeleton)
-    size = 0
-    if rotation.unties and table is not None and skeleton.stored_name(f"{table.head}.weight", files) not in files:
+    size, unties = 0, rotation.unties and recipe.scheme.head is None
+    if unties and table is not None and skeleton.stored_name(f"{table.head}.weight", files) not in files:
         size = files.nbytes(skeleton.stored_name(f"{table.embeddings[0]}.weight", files))
     return PlannedRotations(rotation.online_inputs(skeleton), size)
 
@@ -150,6 +151,28 @@ def plan_tables(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightFormat]:
         except WeightError as cause:
             raise WeightError(f"{path}: {cause}") from cause
     return dict.fromkeys(tables, format)
+
+
+def plan_head(skeleton: Skeleton, files: WeightFiles, recipe: Recipe) -> ModulePlan | None:
+    """The language model's head, where it is quantized; one that shares the embedding's tensor gets its own.
+
+    RecipeError where the model has none; WeightError, FormatError where the format does not fit it.
+    """
+    format, activations = recipe.scheme.head, recipe.scheme.head_input
+    if format is None:
+        return None
+    path = skeleton.output_head
+    if path is None:
+        raise RecipeError(
+            f"{skeleton.config.model_type} has no head that continues text: take `head` out of the recipe's scheme"
+        )
+    own = skeleton.stored_name(f"{path}.weight", files)
+    read = skeleton.shared_name(f"{path}.weight", files)
+    out, columns = files.shape(read)
+    format = resolved(format, files.dtype(read), activations)
+    check_formats(path, (out, columns), format, activations)
+    before = files.nbytes(own) if own in files else 0
+    return ModulePlan(path, (out, columns), format, activations, before, packed_bytes(out, columns, format))
 
 
 def saved_bytes(skeleton: Skeleton, files: WeightFiles, path: str, format: WeightFormat) -> int:
@@ -285,5 +308,4 @@ def ignored_paths(skeleton: Skeleton, plan: Iterable[ModulePlan]) -> list[str]:
         for path, module in skeleton.model.named_modules()
         if (isinstance(module, nn.Linear) and path not in quantized) or is_router(module)
     ]
-    outside = {path for path in stays if not path.startswith(skeleton.blocks_name + ".")}
-    return sorted({skeleton.disk_path(path) for path in stays} | outside)
+    return sorted({name for path in stays for name in skeleton.known_names(path)})

@@ -34,7 +34,8 @@ class Recipe(Value):
     """Glob on the module's path -> fields of the weight format that differ there, and `activations` with the fields of
     the activation format that do (null: 16 bit); the last match wins."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Globs on module paths that stay as they are. Embeddings and the head are outside the blocks and always stay."""
+    """Globs on module paths that stay as they are. Embeddings and the head are outside the blocks, where the scheme alone
+    says what is quantized."""
     sequential: bool = False
     """Gather each layer's statistics after the layers before it in the block are rounded (GPTQ's `true_sequential`)."""
     starved: Literal["error", "round"] = "error"

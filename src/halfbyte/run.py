@@ -1,5 +1,6 @@
 """What a run knows before the first block is touched: model, recipe, device, and where its tokens come from."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from halfbyte.calibration.data import Calibration, calibration_tokens
 from halfbyte.calibration.online import rotate_inputs
 from halfbyte.calibration.walk import Stream, enter
 from halfbyte.errors import CalibrationError
+from halfbyte.layouts.compressed_tensors import OWN
 from halfbyte.layouts.embeddings import write_embedding
 from halfbyte.machine import measured_flops, pick_device, pick_dtype, resident_memory
 from halfbyte.models.load import (
@@ -23,20 +25,23 @@ from halfbyte.models.load import (
     release,
     skeleton,
 )
-from halfbyte.numerics.grid import fit
-from halfbyte.numerics.quantized import QuantizedWeight, round_to_grid
+from halfbyte.numerics.quantized import QuantizedWeight
+from halfbyte.numerics.rows import round_rows, rows_snr
 from halfbyte.plan import (
+    ModulePlan,
     Plan,
     Workload,
     estimate_seconds,
     layout_name,
     peak_memory,
+    plan_head,
     plan_modules,
     plan_rotations,
     plan_tables,
     saved_bytes,
 )
 from halfbyte.recipe import Recipe
+from halfbyte.record import ModuleRecord
 from halfbyte.runtime.load import load_model, load_tokenizer
 
 TOKENS_PER_PASS = {"cpu": 8192, "cuda": 16384}
@@ -67,6 +72,7 @@ class Run:
         self.rotations = plan_rotations(self.skeleton, self.files, self.recipe)
         rotate_inputs(self.skeleton.model, self.rotations.inputs)
         self.tables = plan_tables(self.skeleton, self.recipe)
+        self.head = plan_head(self.skeleton, self.files, self.recipe)
         self.stored_dtype = self.files.dtype(self.skeleton.stored_name(f"{self.modules[0].path}.weight", self.files))
         self.dtype = pick_dtype(dtype, self.device, self.stored_dtype)
         self.observed = self.recipe.needs_data or calibration is not None
@@ -78,6 +84,7 @@ class Run:
         """What the run would do. `with_time` measures this machine for a fraction of a second."""
         text = self.skeleton.config.get_text_config()
         hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "n_embd", 0))
+        linears = self.modules if self.head is None else (*self.modules, self.head)
         work = Workload(
             samples=self.samples,
             length=self.length,
@@ -89,20 +96,20 @@ class Run:
             base=self.base_memory,
             outer=sum(self.files.nbytes(name) for name in self.files)
             - sum(module.bytes_before for module in self.modules)
-            + self.rotations.untied,
+            + (self.rotations.untied if self.head is None else self.head.bytes_after),
             rotated=self.recipe.rotation is not None,
         )
         before = sum(self.files.nbytes(name) for name in self.files)
         after = (
             before
-            + sum(module.bytes_after - module.bytes_before for module in self.modules)
+            + sum(module.bytes_after - module.bytes_before for module in linears)
             + self.rotations.untied
             - sum(saved_bytes(self.skeleton, self.files, path, format) for path, format in self.tables.items())
         )
         host, device = peak_memory(self.skeleton, self.modules, work)
         seconds = estimate_seconds(self.modules, work, measured_flops(self.device), self.recipe) if with_time else None
-        layout = layout_name(self.skeleton, self.modules, self.rotations, self.recipe.scheme.cache, self.tables)
-        return Plan(self.modules, layout, before, after, host, device, seconds, self.rotations, self.tables)
+        layout = layout_name(self.skeleton, linears, self.rotations, self.recipe.scheme.cache, self.tables)
+        return Plan(self.modules, layout, before, after, host, device, seconds, self.rotations, self.tables, self.head)
 
     @property
     def samples_per_pass(self) -> int:
@@ -178,12 +185,19 @@ class Run:
         rotated = self._rotated()
         return rotated | {f"{path}.weight": table.decode() for path, table in self._rounded(rotated).items()}
 
-    def outside_as_stored(self) -> dict[str, Tensor]:
-        """The same as tensors of the checkpoint: tables in 8 bits as codes and scales."""
-        stored = self._rotated()
-        for path, table in self._rounded(stored).items():
+    def outside_as_stored(self) -> tuple[dict[str, Tensor | None], list[ModuleRecord]]:
+        """What the recipe changes outside the blocks as tensors of the checkpoint, and what is told of it.
+
+        Tables and a head in 8 bits are codes and scales. None: the source's tensor is left out.
+        """
+        rotated = self._rotated()
+        stored: dict[str, Tensor | None] = {**rotated}
+        for path, table in self._rounded(rotated).items():
             stored |= {f"{path}.{name}": tensor for name, tensor in write_embedding(table).items()}
-        return stored
+        if self.head is None:
+            return stored, []
+        head, record = self._rounded_head(self.head, rotated)
+        return stored | {f"{self.head.path}.weight": None} | head, [record]
 
     def _rotated(self) -> dict[str, Tensor]:
         if self.recipe.rotation is None:
@@ -192,16 +206,32 @@ class Run:
 
     def _rounded(self, rotated: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
         """Tables of embeddings, each row to its nearest codes."""
-        rounded = {}
-        for path, format in self.tables.items():
-            name = f"{path}.weight"
-            weight = (rotated[name] if name in rotated else self._read_outside(name)).float()
-            rounded[path] = round_to_grid(weight, fit(weight, format), format)
-        return rounded
+        return {
+            path: round_rows(self._value(f"{path}.weight", rotated), format) for path, format in self.tables.items()
+        }
+
+    def _rounded_head(self, plan: ModulePlan, rotated: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ModuleRecord]:
+        """The head, each row to its nearest codes, after the rotation where there is one."""
+        start, name, format, inputs = time.perf_counter(), f"{plan.path}.weight", plan.format, plan.activations
+        assert format is not None
+        weight = self._value(name, rotated)
+        rounded = round_rows(weight, format)
+        turned = self.recipe.rotation if name in rotated else None
+        record = ModuleRecord(
+            path=plan.path,
+            format=str(format) + (f", {inputs}" if inputs else ""),
+            method="rtn" if turned is None else f"{turned.method} → rtn",
+            activations=inputs.model_dump(mode="json") if inputs else None,
+            shape=plan.shape,
+            weight_snr=rows_snr(weight, rounded),
+            output_snr=None,
+            tokens=0,
+            seconds=time.perf_counter() - start,
+        )
+        return {f"{plan.path}.{suffix}": tensor for suffix, tensor in OWN.write(rounded).items()}, record
+
+    def _value(self, path: str, rotated: Mapping[str, Tensor]) -> Tensor:
+        return rotated[path] if path in rotated else self._read_outside(path)
 
     def _read_outside(self, path: str) -> Tensor:
-        tied = dict(getattr(self.skeleton.model, "all_tied_weights_keys", None) or {})
-        name = self.skeleton.stored_name(path, self.files)
-        if name not in self.files and path in tied:
-            name = self.skeleton.stored_name(tied[path], self.files)
-        return self.files.read(name).to(self.device)
+        return self.files.read(self.skeleton.shared_name(path, self.files)).to(self.device)

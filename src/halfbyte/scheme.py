@@ -301,6 +301,16 @@ class Scheme(Value):
     cache: CacheFormat | None = None
     embeddings: WeightFormat | None = None
     """Of the tables outside the blocks: 8 bits in bytes, a symmetric scale for each row, or for groups of it."""
+    head: WeightFormat | None = None
+    """Of the linear that gives the logits: 8 bits rounded to nearest, a symmetric scale for each token of the vocabulary,
+    or for groups of its row."""
+
+    @property
+    def head_input(self) -> ActivationFormat | None:
+        """How a quantized head's input is: as the blocks' where they are 8 bits per token and whole, else as it comes."""
+        inputs = self.activations
+        fits = inputs is not None and (inputs.bits, inputs.granularity, inputs.outliers) == (8, "token", None)
+        return inputs if fits and self.head is not None else None
 
     @model_validator(mode="after")
     def _tables_are_bytes(self) -> "Scheme":
@@ -314,5 +324,20 @@ class Scheme(Value):
             raise ValueError(
                 f"embeddings are {table}, and tables are int8 with symmetric scales per row or group: choose `bits: 8`, "
                 "`stored: bytes`, a symmetric convention, and granularity channel or group"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_have_eight_bits(self) -> "Scheme":
+        head = self.head
+        if head is not None and not (
+            head.bits == 8
+            and head.symmetric
+            and head.scale.kind == "float"
+            and head.granularity.kind in ("channel", "group")
+        ):
+            raise ValueError(
+                f"the head is {head}, and heads are int8 with symmetric floating-point scales per channel or group: choose "
+                "`bits: 8`, a symmetric convention, `scale: {kind: float}`, and granularity channel or group"
             )
         return self

@@ -84,10 +84,11 @@ def quantized(model: Subject, layout: str, folder: Path) -> Path:
 INPUTS = {"per token": {"granularity": "token"}, "static": {"granularity": "tensor", "dynamic": False}}
 
 
-def eight_bits(model: Subject, inputs: str, output: Path) -> Path:
-    """A checkpoint of 8-bit weights with inputs quantized as one of INPUTS."""
+def eight_bits(model: Subject, inputs: str, output: Path, *, head: bool = False) -> Path:
+    """A checkpoint of 8-bit weights with inputs quantized as one of INPUTS, and likewise its head."""
     weights = {"bits": 8, "convention": "odyssey", "granularity": {"kind": "channel"}}
-    recipe = {"scheme": {"weights": weights, "activations": INPUTS[inputs]}, "steps": [{"method": "rtn"}]}
+    scheme = {"weights": weights, "activations": INPUTS[inputs], "head": weights if head else None}
+    recipe = {"scheme": scheme, "steps": [{"method": "rtn"}]}
     quantize(
         model.folder, recipe, output, calibration=model.calibration, samples=model.samples, length=model.length,
         device="cpu",

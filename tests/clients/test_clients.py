@@ -136,6 +136,16 @@ def test_vllm_multiplies_the_integers_that_we_write(name, inputs, vllm_python, s
 
 
 @pytest.mark.clients
+def test_vllm_multiplies_a_head_in_eight_bits(vllm_python, subject_of, figures, tmp_path):
+    folder = eight_bits(subject_of("ref-llama-22m"), "per token", tmp_path / "w8a8", head=True)
+    found = compared(vllm_python, folder, folder, subject_of("ref-llama-22m").prompts, tmp_path, "bfloat16")
+    figures.append(
+        {"client": "vllm", "model": "ref-llama-22m", "layout": "int-quantized, per token, with its head", **found}
+    )
+    assert found["farthest_from_our_choice"] < NEAR_TIE
+
+
+@pytest.mark.clients
 def test_the_comparison_of_texts_notices_damage(vllm_python, subject_of, checkpoint_of, tmp_path):
     folder = checkpoint_of("demo", "compressed-tensors")
     found = compared(vllm_python, folder, damaged(folder, tmp_path / "damaged"), subject_of("demo").prompts, tmp_path)

@@ -49,6 +49,15 @@ def test_a_shape_takes_the_formats_of_any_recipe(recipe):
     assert speed.weight_bytes < float_speed.weight_bytes
 
 
+def test_a_head_in_eight_bits_runs_and_is_weighed_as_it_is():
+    fields = Recipe.load("smoothquant-w8a8").model_dump()
+    fields["scheme"]["head"] = {"bits": 8, "granularity": {"kind": "channel"}}
+    plain = bench("tiny", recipe="smoothquant-w8a8", context=8, new_tokens=4, device="cpu")
+    speed = bench("tiny", recipe=fields, context=8, new_tokens=4, device="cpu")
+    assert list(speed.kernels.values()) == [15]
+    assert plain.step_bytes - speed.step_bytes == 64 * 128 * (4 - 1) - 64 * 4  # codes for floats, and scales
+
+
 def test_weights_are_random_and_every_time_the_same(tmp_path):
     bones = skeleton(random_weights.write_shape("tiny", tmp_path))
     files = random_weights.RandomWeights(bones, torch.device("cpu"), torch.float32)

@@ -18,8 +18,8 @@ ONE_SCALE = INT4.model_copy(update={"granularity": PerTensor()})
 
 @pytest.mark.parametrize(
     ("variant", "format"),
-    [("gpt2", INT4), ("llama", BFLOAT16_SCALES), ("qwen2", ASYMMETRIC), ("gpt_neox", ONE_SCALE)],
-    ids=["transposed", "bfloat16-scales", "asymmetric", "one-scale"],
+    [("gpt2", INT4), ("llama", BFLOAT16_SCALES), ("qwen2", ASYMMETRIC), ("gpt_neox", ONE_SCALE), ("gptj", INT4)],
+    ids=["transposed", "bfloat16-scales", "asymmetric", "one-scale", "buffers-of-its-own"],
 )
 def test_from_pretrained_answers_as_our_own_loader(variant, format, tmp_path):
     packed, dense = packed_folder(tmp_path, variant, format, method="halfbyte")

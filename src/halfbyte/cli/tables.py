@@ -35,7 +35,7 @@ def table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
 def plan(planned: Plan) -> Group:
     """Each kind of module with its format, and what the run takes."""
     rows = table("modules", "format", "count", "shape", "before", "after", numbers=4)
-    for group in grouped(planned.modules, lambda module: (str(module.format), module.shape)):
+    for group in grouped(planned, lambda module: (str(module.format), module.shape)):
         first = group.members[0]
         rows.add_row(
             group.name,

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from halfbyte.evaluation.report import HUB_NAME, Report, model_name, templates
-from halfbyte.evaluation.summary import grouped, spread
+from halfbyte.evaluation.summary import grouped, kind, spread
 from halfbyte.layouts import LAYOUTS
 from halfbyte.recipe import Recipe
 from halfbyte.scheme import WeightFormat
@@ -47,6 +47,7 @@ def card(report: Report, config: Mapping[str, Any], original: str = "") -> str:
                 )
                 for group in groups
             ],
+            head=Recipe.load(report.recipe).scheme.head is not None,
             masked=any(name.endswith("ForMaskedLM") for name in config.get("architectures") or []),
             remote_code="auto_map" in config,
             readers=_readers(report),
@@ -120,7 +121,8 @@ def _formats(report: Report) -> list[WeightFormat]:
     recipe = Recipe.load(report.recipe)
     count: dict[WeightFormat, int] = {}
     for module in report.modules:
-        format = recipe.format_of(module.path)
+        outside = kind(module.path) == module.path  # of the blocks, whose paths have numbers: the head
+        format = recipe.scheme.head if outside else recipe.format_of(module.path)
         if format is not None:
             count[format] = count.get(format, 0) + 1
     return sorted(count, key=lambda format: -count[format])

@@ -48,7 +48,7 @@ from halfbyte.layouts.layout import (
     unsigned_codes,
     whole_zero_points,
 )
-from halfbyte.layouts.targets import patterns
+from halfbyte.layouts.targets import family, patterns
 from halfbyte.numerics.certificate import middle
 from halfbyte.numerics.grid import Grid, scales_shape
 from halfbyte.numerics.quantized import QuantizedWeight
@@ -204,7 +204,8 @@ class CompressedTensors:
     ) -> dict[str, Any]:
         """See Layout. Formats that differ in convention or scale dtype alone share a group: readers see no difference.
 
-        Several groups never use the target `Linear`: vLLM would take it for every fused layer (q, k and v in one).
+        Several groups never use the target `Linear`: vLLM would take it for every fused layer (q, k and v in one). A
+        head has its name among the targets in any case: vLLM does not count it among the linears.
         """
         require_some(formats, self.name)
         members: dict[str, list[str]] = defaultdict(list)
@@ -215,7 +216,7 @@ class CompressedTensors:
             entries[str(entry)] = entry
         groups = {}
         for index, key in enumerate(sorted(members, key=lambda key: -len(members[key]))):
-            targets = ["Linear"]
+            targets = ["Linear", *(path for path in members[key] if family(path) is None)]
             if len(members) > 1:
                 mine = set(members[key])
                 expressions, single = patterns(

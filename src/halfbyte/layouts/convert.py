@@ -16,9 +16,11 @@ from halfbyte.layouts import LAYOUTS, layout_of
 from halfbyte.layouts.folder import OutputFolder, sha256
 from halfbyte.layouts.layout import Layout, require, resolved
 from halfbyte.layouts.shards import CONFIG, INDEX, SIDECAR, Shards, model_config, model_dtype, quantization_config
+from halfbyte.layouts.targets import family
 from halfbyte.scheme import ActivationFormat, FloatScale, IntegerScale, WeightFormat
 
 SHOWN = 3  # of many problems
+HEAD = "lm_head"  # what models call it, whatever their files do
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json")  # what AutoGPTQ and AutoAWQ kept beside config.json
 
 
@@ -82,7 +84,8 @@ def open_source(folder: Path) -> Source:
             "again without (a quarot step with `online: []`, inputs without `outliers` and `clip`)"
         )
     stated = section.get("ignore") or section.get("modules_to_not_convert") or ()
-    names = [*shards.matrices(), *(name for name in stated if not name.startswith("re:")), "lm_head"]
+    names = [*shards.matrices(), *(name for name in stated if not name.startswith("re:"))]
+    names += [] if any(family(path) is None for path in formats) else [HEAD]
     ignored = [path for path in dict.fromkeys(names) if path not in formats]
     return Source(folder, config, layout, shards, formats, layout.activations(section, quantized), ignored)
 
@@ -108,7 +111,14 @@ def new_config(source: Source, target: Layout) -> dict[str, Any]:
         raise FormatError(told(refused))
     kept = {key: value for key, value in source.config.items() if key != "compression_config"}
     formats = {path: written_format(source, target, format) for path, format in source.formats.items()}
-    return kept | {"quantization_config": target.config(formats, source.ignored, source.activations)}
+    formats, activations = by_all_names(formats), by_all_names(source.activations)
+    return kept | {"quantization_config": target.config(formats, source.ignored, activations)}
+
+
+def by_all_names(formats: dict[str, Any]) -> dict[str, Any]:
+    """With what stands outside the blocks also under the name that clients have for a head."""
+    outside = [format for path, format in formats.items() if family(path) is None]
+    return {**({HEAD: outside[0]} if outside else {}), **formats}
 
 
 def told(refused: dict[str, list[str]]) -> str:

@@ -162,6 +162,14 @@ class Skeleton:
         """Query heads, key-value heads, head dimension."""
         return head_counts(self.config.get_text_config())
 
+    @property
+    def output_head(self) -> str | None:
+        """Path of the linear that gives the logits; None for a model that fills masks, or has none of its own."""
+        found = self.model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        if not isinstance(found, nn.Linear) or type(self.model).__name__.endswith("ForMaskedLM"):
+            return None
+        return next(path for path, module in self.model.named_modules() if module is found)
+
     def disk_path(self, path: str) -> str:
         """What checkpoints of this family call a module or tensor."""
         if self.architecture is None:
@@ -171,6 +179,16 @@ class Skeleton:
             return outer_disk_name(self.architecture, path)
         index, _, rest = path.removeprefix(prefix).partition(".")
         return f"{prefix}{index}.{disk_name(self.architecture, rest)}"
+
+    def known_names(self, path: str) -> set[str]:
+        """What readers of a checkpoint may call a module: outside the blocks also what the model itself does."""
+        inside = path.startswith(self.blocks_name + ".")
+        return {self.disk_path(path)} if inside else {self.disk_path(path), path}
+
+    def shared_name(self, path: str, files: "WeightFiles") -> str:
+        """What this checkpoint calls a tensor or, where it lacks its own, the one that it is tied to."""
+        name, tied = self.stored_name(path, files), getattr(self.model, "all_tied_weights_keys", None) or {}
+        return self.stored_name(tied[path], files) if name not in files and path in tied else name
 
     def stored_name(self, path: str, files: "WeightFiles") -> str:
         """What this checkpoint calls a tensor: with or without the base model's prefix. The usual name if it has none."""

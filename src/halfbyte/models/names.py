@@ -25,6 +25,11 @@ def outer_disk_name(architecture: Architecture, name: str) -> str:
     return _renamed(name, architecture.outer_disk_names)
 
 
+def outer_name(architecture: Architecture, name: str) -> str:
+    """The inverse of `outer_disk_name`."""
+    return _renamed(name, {there: here for here, there in architecture.outer_disk_names.items()})
+
+
 def _renamed(name: str, patterns: Mapping[str, str]) -> str:
     """`name` with its leading module path replaced by the first pattern that matches it."""
     for pattern, replacement in patterns.items():

@@ -11,10 +11,10 @@ from halfbyte.errors import HalfbyteError, RecipeError
 from halfbyte.models.load import Skeleton, WeightFiles, materialize
 from halfbyte.numerics.activations import InputQuantizer
 from halfbyte.numerics.certificate import TOKEN_INPUTS
-from halfbyte.numerics.grid import fit
 from halfbyte.numerics.integer_scales import on_integer_grid
-from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, along_rows, round_to_grid
-from halfbyte.plan import ModulePlan, plan_modules, plan_tables
+from halfbyte.numerics.quantized import QuantizedModule, QuantizedWeight, along_rows
+from halfbyte.numerics.rows import round_rows
+from halfbyte.plan import ModulePlan, plan_head, plan_modules, plan_tables
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.replacement import from_module
 
@@ -43,6 +43,11 @@ def quantize_linears(
             _replace(bones, files, recipe, plan, device, dtype)
             replaced.append(plan.path)
             files.close()  # what was read no longer counts as this process's memory
+    head = plan_head(bones, files, recipe)
+    if head is not None:
+        _replace_head(bones, files, head, device, dtype)
+        replaced.append(head.path)
+        files.close()
     return replaced
 
 
@@ -69,6 +74,18 @@ def _replace(
     bones.model.set_submodule(plan.path, from_module(module, bias).prepare(dtype))
 
 
+def _replace_head(
+    bones: Skeleton, files: WeightFiles, plan: ModulePlan, device: torch.device, dtype: torch.dtype
+) -> None:
+    assert plan.format is not None
+    linear = bones.model.get_submodule(plan.path)
+    weight = files.read(bones.shared_name(f"{plan.path}.weight", files)).to(device)
+    bias = None if linear.bias is None else files.read(bones.stored_name(f"{plan.path}.bias", files)).to(device)
+    inputs = None if plan.activations is None else InputQuantizer(plan.activations)
+    module = QuantizedModule(round_rows(weight, plan.format), inputs)
+    bones.model.set_submodule(plan.path, from_module(module, bias).prepare(dtype))
+
+
 def _kept(weight: Tensor, plan: ModulePlan) -> Tensor | None:
     """All columns, where a dynamic outlier split multiplies them as the model has them."""
     split = None if plan.activations is None else plan.activations.outliers
@@ -78,8 +95,7 @@ def _kept(weight: Tensor, plan: ModulePlan) -> Tensor | None:
 @torch.no_grad()
 def rounded_tables(bones: Skeleton, recipe: Recipe) -> dict[str, QuantizedWeight]:
     """The tables of embeddings that the recipe quantizes, by path, of a model that has its weights."""
-    rounded = {}
-    for path, format in plan_tables(bones, recipe).items():
-        weight = bones.model.get_parameter(f"{path}.weight").float()
-        rounded[path] = round_to_grid(weight, fit(weight, format), format)
-    return rounded
+    return {
+        path: round_rows(bones.model.get_parameter(f"{path}.weight"), format)
+        for path, format in plan_tables(bones, recipe).items()
+    }
