@@ -206,6 +206,36 @@ def test_the_tables_of_4_bit_products_hold_the_measured_times_of_what_they_launc
             assert tiling == repr(w4a8_tilings.choose(kind, tokens, row["outs"], row["ins"], 128))
 
 
+def test_the_table_of_whole_models_holds_the_measured_steps():
+    (found,) = [rows for rows in tables((ROOT / "docs" / "bench.md").read_text()) if "batch" in rows[0]]
+    columns = {
+        "`rtn-w4a16`": "rtn-w4a16",
+        "`integer-scale-w4a8`": "integer-scale-w4a8",
+        "and `--kv-cache int4`": "integer-scale-w4a8:int4",
+    }
+    steps: dict[tuple[str, str, int], float] = {}
+    for row in measured("end_to_end_h200.json")["rows"]:  # of two runs the first
+        steps.setdefault((row["model"], row["recipe"], row["batch"]), 1e3 * row["step_seconds"])
+    for row in found:
+        model, batch = row["model"].lower(), int(row["batch"])
+        bf16 = steps[model, "bf16", batch]
+        assert row["bf16"] == f"{bf16:.2f}"
+        for column, recipe in columns.items():
+            if row[column] != "–":
+                taken = steps[model, recipe, batch]
+                assert row[column] == f"{taken:.2f} ({bf16 / taken:.2f})"
+    assert len(found) == 6
+
+
+def test_the_table_of_a_memory_budget_holds_what_was_measured():
+    (found,) = [rows for rows in tables((ROOT / "docs" / "bench.md").read_text()) if "weights and cache" in rows[0]]
+    runs = {(row["variant"], row["context"]): row for row in measured("cache_memory_h200.json")["rows"]}
+    for row, variant in zip(found, ("bf16", "kv4", "w4a8kv4", "w4kv4-pre"), strict=True):
+        for context in (2048, 32768):
+            assert row[f"{context} tokens: sequences"] == str(runs[variant, context]["batch"])
+            assert row[f"{context}: tokens/s"] == f"{runs[variant, context]['tokens_per_second']:.0f}"
+
+
 def test_the_tables_of_experts_hold_the_measured_times():
     run = measured("experts_h200.json")
     beside, apart = [rows for rows in tables((ROOT / "docs" / "experts.md").read_text()) if "tokens" in rows[0]]
