@@ -5,7 +5,8 @@
 Weights are random. Every row is what `halfbyte bench` measures: prompts of 512 tokens, 128 new ones, decoding from a
 CUDA graph with a static cache and layers that went through torch.compile, in bf16 and quantized alike. For the model in
 bf16 transformers' own `generate` stands beside it. Behind a recipe's name and a colon stands the format of its cache. A
-process for each recipe; they compile a batch side by side and then measure it in turns.
+process for each recipe; they compile a batch side by side and then measure it in turns, so that all have to fit the GPU
+at once: with large batches give fewer recipes.
 """
 
 import argparse
