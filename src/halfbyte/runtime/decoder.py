@@ -26,7 +26,7 @@ from halfbyte.models.load import find_blocks
 from halfbyte.runtime.cache import QuantizedCache
 from halfbyte.runtime.cache_decode import reading_codes
 from halfbyte.runtime.cache_plan import new_cache, plan_of
-from halfbyte.runtime.even_cache import ATTENTIONS, EvenLayer, even_cache, make_even
+from halfbyte.runtime.even_cache import ATTENTIONS, even_cache, make_even
 from halfbyte.runtime.one_layer import own_layer
 from halfbyte.runtime.static_cache import of_rows
 
@@ -191,14 +191,9 @@ def likeliest(logits: Float[Tensor, "batch tokens vocabulary"]) -> Int64[Tensor,
 
 def sees_all(model: Any, cache: Any) -> bool:
     """Whether every layer attends, by a mask of ones and zeros, to all tokens before it."""
-    config, modules = model.config.get_text_config(), attentions(model).values()
-    known = all(type(module).__name__ in ATTENTIONS for module in modules)
-    if not known or config._attn_implementation != "sdpa" or getattr(config, "sliding_window", None) is not None:
-        return False
-    plan = plan_of(model)
-    if plan is not None:
-        return all(kind == "full_attention" for kind in plan.kinds)
-    return all(isinstance(layer, EvenLayer) for layer in cache.layers)
+    known = all(type(module).__name__ in ATTENTIONS for module in attentions(model).values())
+    by_mask = known and model.config.get_text_config()._attn_implementation == "sdpa"
+    return by_mask and all(getattr(layer, "sees_all", False) for layer in cache.layers)
 
 
 def parts_of(model: Any) -> list[nn.Module]:

@@ -27,6 +27,8 @@ ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
 class EvenLayer(StaticLayer):
     """Keys and values of one layer. `position` is how many tokens there are; nobody here changes it but `reset`."""
 
+    sees_all = True  # `even_cache` makes no others
+
     def __init__(self, capacity: int, position: Int64[Tensor, ""]) -> None:
         super().__init__(capacity)
         self.cumulative_length = position

@@ -68,10 +68,8 @@ def _replace(
         )
     except HalfbyteError as cause:
         raise type(cause)(f"{plan.path}: {cause}") from cause
-    inputs = None if plan.activations is None else InputQuantizer(plan.activations)
     bias = None if linear.bias is None else linear.bias.data
-    module = QuantizedModule(along_rows(rounded), inputs, _kept(linear.weight.data, plan))
-    bones.model.set_submodule(plan.path, from_module(module, bias).prepare(dtype))
+    _put(bones, plan, along_rows(rounded), bias, dtype, _kept(linear.weight.data, plan))
 
 
 def _replace_head(
@@ -81,8 +79,16 @@ def _replace_head(
     linear = bones.model.get_submodule(plan.path)
     weight = files.read(bones.shared_name(f"{plan.path}.weight", files)).to(device)
     bias = None if linear.bias is None else files.read(bones.stored_name(f"{plan.path}.bias", files)).to(device)
+    _put(bones, plan, round_rows(weight, plan.format), bias, dtype)
+
+
+def _put(
+    bones: Skeleton, plan: ModulePlan, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype,
+    kept: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What runs this weight, in the place of the linear."""
     inputs = None if plan.activations is None else InputQuantizer(plan.activations)
-    module = QuantizedModule(round_rows(weight, plan.format), inputs)
+    module = QuantizedModule(weight, inputs, kept)
     bones.model.set_submodule(plan.path, from_module(module, bias).prepare(dtype))
 
 

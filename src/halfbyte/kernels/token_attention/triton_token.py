@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.kernels.device import overlaps, processors
 
-TOKENS = 64  # that a program has at once
+TOKENS, WARPS, STAGES = 64, 4, 2  # that a program has at once; its warps; how many such pieces are on their way
 FEWEST_TOKENS = 32  # of a split
 PROGRAMS = 2  # a multiprocessor's
 MOST_SPLITS = 32
@@ -152,7 +152,7 @@ def splits_for(places: int, capacity: int, multiprocessors: int) -> int:
 
 def attend_token(
     qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, position: Tensor, counters: Tensor,
-    scaling: float, splits: int | None = None, tokens: int = TOKENS, warps: int = 4, stages: int = 2,
+    scaling: float, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """y [batch, heads · dim]. `splits` in place of `splits_for`."""
     batch, kv_heads, capacity, dim = keys.shape
@@ -167,7 +167,7 @@ def attend_token(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), keys, values, position, y, sums, tops, counters,
         capacity, dim if len(cos) > 1 else 0, scaling / math.log(2),
         kv_heads, together, max(FEWEST_HEADS, triton.next_power_of_2(together)), dim, splits,
-        triton.next_power_of_2(splits), tokens, stages, wide, early,
-        num_warps=warps, **({"launch_pdl": True} if early else {}),
+        triton.next_power_of_2(splits), TOKENS, STAGES, wide, early,
+        num_warps=WARPS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y
