@@ -231,14 +231,12 @@ def is_for(tiling: Tiling | None, group_size: int, asymmetric: bool) -> TypeGuar
 
 
 def is_sensible(tiling: Tiling, outs: int, ins: int) -> bool:
-    """Whether a `Streamed` has a cell, its programs fill the chip, and those of the next launch find places."""
+    """Whether a `Streamed` has a cell, and places for all its programs, if any has."""
     if not isinstance(tiling, Streamed):
         return True
     column, programs = tilings.streamed_column(outs, ins), math.ceil(outs / 64) * tiling.fold
     if column is None or tiling.fold != (2 if column < 2 else 1):
         return False
-    if tiling.fold == 2:
-        return programs <= tilings.PROCESSORS * (tiling.residents - 1)
     return tiling.residents == 4 or programs <= tilings.PROCESSORS * tiling.residents
 
 

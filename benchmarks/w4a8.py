@@ -167,11 +167,14 @@ def is_right(y: Tensor, exact: Tensor, kind: str) -> bool:
 
 
 # workers, units, how many programs fit a multiprocessor
-FOLDED = ((2, 1, 2), (2, 2, 2), (1, 2, 3))
-FEW = ((1, 2, 3), (1, 2, 4), (2, 2, 2))
+FOLDED = ((2, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 3))
+FEW = ((1, 2, 3), (1, 4, 2), (1, 2, 4), (2, 1, 2), (2, 2, 2))
 SPLITS = (2, 3, 4, 6)
 # block_m, workers, each, units, programs
-MANY = ((64, 1, 1, 2, 3), (64, 2, 1, 1, 2), (64, 4, 1, 1, 1), (128, 2, 1, 2, 1), (128, 1, 1, 2, 2))
+MANY = (
+    *((64, 1, 1, 2, 3), (64, 1, 1, 2, 2), (64, 2, 1, 1, 2), (64, 4, 1, 1, 1)),
+    *((128, 2, 1, 2, 1), (128, 1, 1, 2, 2), (128, 3, 1, 1, 1)),
+)
 MANY_SCALED_CODES = ((128, 4, 1, 1, 1), (128, 2, 2, 1, 1), (256, 2, 1, 1, 1))
 
 
@@ -190,8 +193,12 @@ def candidates(kind: Kind, tokens: int) -> Iterator[Tiling]:
         return
     for block_m, workers, each, units, programs in MANY + (MANY_SCALED_CODES if kind == "weight" else ()):
         if block_m <= tokens:
-            for shared in (True, False) if tokens < 1024 else (False,):
-                yield from fitting(Block(block_m, workers, each, units, 1, shared, programs, programs))
+            one = Block(block_m, workers, each, units, 1, False, programs, programs)
+            yield from fitting(one)
+            if tokens < 1024:
+                others = [replace(one, split=split) for split in SPLITS if split <= tilings.SPLITS.get(block_m, 1)]
+                for other in (replace(one, shared=True), *others):
+                    yield from fitting(other)
 
 
 def fitting(one: Tiling) -> Iterator[Tiling]:
@@ -210,8 +217,8 @@ def compile_one(job: tuple[Kind, Tiling]) -> str | None:
     """Fill Triton's cache with a kernel, by running it on a small weight. What went wrong, if anything."""
     kind, tiling = job
     case = Case.of(kind, 664, 2048, copies=False)
-    most = tiling.tokens if isinstance(tiling, Folded) else tiling.block_m
-    x, x_scales = activations(most - 1 if most <= 16 else most + 5, 2048)
+    tokens = tiling.tokens - 1 if isinstance(tiling, Folded) else tiling.block_m + (5 if tiling.block_m > 16 else -1)
+    x, x_scales = activations(tokens, 2048)
     try:
         y = tensor_cores.launch(x, x_scales, case.weights[0], None, DTYPE, tiling)
         return None if is_right(y, expected(x, x_scales, case), kind) else f"WRONG: {kind} {tiling}"
@@ -229,13 +236,13 @@ def compile_all(jobs: list[tuple[Kind, Tiling]]) -> set[tuple[Kind, Tiling]]:
 
 
 def is_sensible(tiling: Tiling, tokens: int, outs: int) -> bool:
-    """Whether programs that share nothing, or a block each with others, fill the chip, and another launch has places."""
+    """Whether programs that share nothing, or a block each with others, about fill the chip, and all have places."""
     if isinstance(tiling, Folded):
         return 2 * math.ceil(outs / 64) <= 132 * (tiling.residents - 1)
     if tiling.shared or (tokens > 32 and tiling.split == 1):
         return True
-    parts = math.ceil(outs / (64 * tiling.workers * tiling.each)) * tiling.split
-    return 120 <= parts <= 132 * tiling.residents
+    parts = math.ceil(tokens / tiling.block_m) * math.ceil(outs / (64 * tiling.workers * tiling.each)) * tiling.split
+    return 90 <= parts <= 132 * tiling.residents
 
 
 def search(

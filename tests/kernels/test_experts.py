@@ -18,7 +18,7 @@ from without_layouts import interpreted
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
-from halfbyte.kernels import experts
+from halfbyte.kernels import experts, ring
 from halfbyte.kernels.crews import REGISTERS
 from halfbyte.kernels.experts import ExpertWeight, blocks, halves, join, join_halves, prepared, reference, tilings
 from halfbyte.kernels.experts import triton_rows as rows
@@ -34,8 +34,7 @@ from halfbyte.packing import int32_words
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 KERNELS_OF_ROWS = [name for name in vars(rows) if name.endswith("_kernel")]
 EIGHT_BITS: tuple[Kind, ...] = ("float", "integer", "weight")
-with patch.dict(sys.modules, {module.__name__: interpreted(module) for module in (codes, sums)}):
-    KERNEL = interpreted(blocks, sums, halves)
+KERNEL = interpreted(blocks, ring, codes, sums, halves)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from without_layouts import interpreted
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
-from halfbyte.kernels import crews
+from halfbyte.kernels import crews, ring
 from halfbyte.kernels.w4a16 import codes, few_tokens, many_tokens, reference, streamed, tensor_cores, tilings
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight
 from halfbyte.kernels.w4a16.tilings import Block, Stream, Streamed, Tiling
@@ -23,9 +23,9 @@ from halfbyte.packing import int32_words, mma_tiles
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
 KERNELS = {
-    Stream: interpreted(few_tokens, codes),
-    Block: interpreted(many_tokens, codes),
-    Streamed: interpreted(streamed, codes),
+    Stream: interpreted(few_tokens, ring, codes),
+    Block: interpreted(many_tokens, ring, codes),
+    Streamed: interpreted(streamed, ring, codes),
 }
 PROCESSORS = 3
 

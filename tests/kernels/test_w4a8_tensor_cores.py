@@ -14,15 +14,15 @@ from without_layouts import interpreted
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
-from halfbyte.kernels import crews
+from halfbyte.kernels import crews, ring
 from halfbyte.kernels.w4a8 import blocks, folded, sums, tensor_cores, tilings, turns
 from halfbyte.kernels.w4a8.prepared import Kind, PreparedWeight
 from halfbyte.kernels.w4a8.tilings import Block, Folded
 from halfbyte.packing import int32_words
 
 SHARED_MEMORY = 227 * 1024  # of a Hopper multiprocessor
-KERNEL = interpreted(blocks, sums, turns)
-FOLDED = interpreted(folded, sums)
+KERNEL = interpreted(blocks, ring, sums, turns)
+FOLDED = interpreted(folded, ring, sums)
 KINDS: tuple[Kind, ...] = ("float", "integer", "weight")
 
 
@@ -86,6 +86,8 @@ BLOCKS = [
     pytest.param(3, 72, 640, 128, Block(8, 1, 1, 4, 2, True), id="units-that-do-not-divide"),
     pytest.param(3, 200, 1024, 128, Block(8, 2, 1, 1, 4, False, split=3), id="split"),
     pytest.param(3, 72, 512, 128, Block(8, 1, 1, 4, 2, False, split=6), id="split-too-often"),
+    pytest.param(20, 264, 384, 128, Block(16, 3, 1, 1, 3, False), id="three-crews"),
+    pytest.param(70, 72, 768, 128, Block(64, 1, 1, 2, 2, False, split=3), id="split-blocks-of-tokens"),
     pytest.param(70, 72, 512, 128, Block(64, 1, 1, 4, 2, True), id="scaled-while-the-next-is-multiplied"),
 ]
 
@@ -243,7 +245,7 @@ def test_every_number_of_tokens_has_a_tiling_that_fits(tokens: int, outs: int, i
         assert tiling.stages % tiling.workers == 0
         return
     sums_each = tiling.block_m * tiling.each // 2
-    assert tiling.worker_registers >= sums_each * (1 if kind == "weight" else 2) + 24
+    assert tiling.worker_registers >= sums_each * max(tiling.split, 1 if kind == "weight" else 2) + 24
 
 
 def test_groups_that_cannot_be_folded_are_not() -> None:

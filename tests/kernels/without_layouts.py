@@ -214,14 +214,17 @@ def stand_ins() -> dict[str, ModuleType]:
 
 
 def interpreted(module: ModuleType, *needed: ModuleType) -> ModuleType:
-    """A copy of the module whose kernels the interpreter runs, and those of the modules that it needs."""
+    """A copy of the module whose kernels the interpreter runs, and those of what it needs, in the order of their imports."""
     assert module.__spec__ is not None
     assert module.__spec__.origin is not None
     spec = importlib.util.spec_from_file_location(f"{module.__name__}_interpreted", module.__spec__.origin)
     assert spec is not None
     assert spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
-    modules = stand_ins() | {need.__name__: interpreted(need) for need in needed}
+    modules = stand_ins()
+    for need in needed:
+        with patch.dict(sys.modules, modules):
+            modules[need.__name__] = interpreted(need)
     with patch.dict(sys.modules, modules), patch.object(triton.experimental, "gluon", modules[GLUON]):
         spec.loader.exec_module(copy)
     # now, as crews that came to it at the same moment would break python's parser

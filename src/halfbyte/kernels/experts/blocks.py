@@ -28,22 +28,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.device import processors
 from halfbyte.kernels.experts.halves import add_halves
 from halfbyte.kernels.experts.prepared import KINDS, ExpertWeight
-from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, after, by_lanes, by_rows
+from halfbyte.kernels.ring import after, barrier, fetch, fetch_weight
+from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, by_lanes, by_rows
 from halfbyte.kernels.w4a8.tilings import GROUP, Block, units_of
 from halfbyte.kernels.w4a16.prepared import magics
 
 SIGNS = -0x7F7F7F80  # 0x80808080 as int32
 HALF = tl.constexpr(3)
-# names that changed between triton 3.6 and 3.9
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -72,19 +70,6 @@ def _place(schedule_ptr, block, blocks_m, blocks_n, BESIDE: tl.constexpr):
 
 
 @gluon.jit
-def _fetch_weight(
-    words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, tile, step, steps_of_group,
-    BYTES: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    mbarrier.expect(ready, BYTES)
-    fetch(words_tiles, [tile, step * (UNITS * 32), 0], ready, words_ring.index(slot))
-    group = step * PARTS
-    if PARTS == 1:
-        group = step // steps_of_group
-    fetch(scales_tiles, [group, tile * 32], ready, scales_ring.index(slot))
-
-
-@gluon.jit
 def _fetch_x(x_tiles, x_ring, ready, slot, row, step, PIECES: tl.constexpr, WIDTH: tl.constexpr):
     for piece in gl.static_range(PIECES):
         fetch(x_tiles, [row, (step * PIECES + piece) * WIDTH], ready, x_ring.index(slot * PIECES + piece))
@@ -94,8 +79,8 @@ def _fetch_x(x_tiles, x_ring, ready, slot, row, step, PIECES: tl.constexpr, WIDT
 def _load(
     x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles, blocks_n,
     steps, steps_of_group,
-    TILES: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr,
-    BYTES: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
+    WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr,
+    WIDTH: tl.constexpr, BYTES: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     blocks_m = gl.load(schedule_ptr)
     _share, _each, begin, end = _run(blocks_m * blocks_n, steps, SHARED)
@@ -103,10 +88,10 @@ def _load(
     early = gl.maximum(gl.minimum(gl.minimum(steps - begin % steps, end - begin), STAGES), 0)
     if early > 0:
         expert, row, _end_row, block_n = _place(schedule_ptr, begin // steps, blocks_m, blocks_n, BESIDE)
-        tile = expert * out_tiles + block_n * TILES
+        tile = expert * out_tiles + block_n * (WORKERS * EACH)
         for i in range(early):
-            _fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, full.index(i), i, tile, begin % steps + i,
-                          steps_of_group, BYTES, UNITS, PARTS)  # fmt: skip
+            fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, full.index(i), i, tile, begin % steps + i,
+                         steps_of_group, BYTES, WORKERS, EACH, UNITS, PARTS)  # fmt: skip
         gdc_wait()
         for i in range(early):
             _fetch_x(x_tiles, x_ring, full.index(i), i, row, begin % steps + i, PIECES, WIDTH)
@@ -115,16 +100,16 @@ def _load(
     skip = early
     while begin < end:
         expert, row, _end_row, block_n = _place(schedule_ptr, begin // steps, blocks_m, blocks_n, BESIDE)
-        tile = expert * out_tiles + block_n * TILES
+        tile = expert * out_tiles + block_n * (WORKERS * EACH)
         first = begin % steps
         last = gl.minimum(first + end - begin, steps)
         for step in range(first + skip, last):
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), phase)
-            _fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, tile, step, steps_of_group,
-                          BYTES, UNITS, PARTS)  # fmt: skip
+            fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, tile, step, steps_of_group,
+                         BYTES, WORKERS, EACH, UNITS, PARTS)  # fmt: skip
             _fetch_x(x_tiles, x_ring, ready, slot, row, step, PIECES, WIDTH)
-            slot, phase = after(slot, phase, STAGES)
+            slot, phase = after(slot, phase, 1, STAGES)
         skip = 0
         if SHARED:
             begin += last - first
@@ -135,19 +120,19 @@ def _load(
 @gluon.jit
 def _add(
     total, none, slot, phase, count, worker: tl.constexpr, x_ring, words_ring, scales_ring, full, empty, bits, bits8,
-    KIND: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr, sums: tl.constexpr,
+    KIND: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr,
+    UNITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
     """Add so many steps to `total`. `bits`: the signs of bytes, or the magic of halves."""
     if KIND == HALF:
         return add_halves(
             total, slot, phase, count, worker, x_ring, words_ring, scales_ring, full, empty, bits, bits8,
-            BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
+            BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, sums,
         )  # fmt: skip
     else:
         return add_steps(
             total, none, slot, phase, count, worker, x_ring, words_ring, scales_ring, full, empty, bits,
-            KIND, HIGH, BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
+            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, sums,
         )  # fmt: skip
 
 
@@ -206,7 +191,7 @@ def _multiply(
             ahead = gl.where(first > 0, 0, gl.where(others > 0, gl.minimum(count, STAGES // 2), 0))
             total, slot, phase = _add(
                 total, none, slot, phase, count - ahead, worker, x_ring, words_ring, scales_ring, full, empty, bits,
-                bits8, KIND, HIGH, BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
+                bits8, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, sums,
             )  # fmt: skip
             if ahead > 0:
                 while gl.atomic_add(counter, 0) < others:
@@ -219,7 +204,7 @@ def _multiply(
             count = ahead
         total, slot, phase = _add(
             total, none, slot, phase, count, worker, x_ring, words_ring, scales_ring, full, empty, bits,
-            bits8, KIND, HIGH, BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
+            bits8, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, sums,
         )  # fmt: skip
         if first > 0:
             owner = block * steps // each
@@ -256,16 +241,19 @@ def _experts_kernel(
 ):  # fmt: skip
     """PARTS are the groups of a step: UNITS, or 1 where groups are longer than that."""
     gdc_launch_dependents()
-    TILES: tl.constexpr = WORKERS * EACH
     SIZE: tl.constexpr = 2 if KIND == HALF else 1  # bytes of an element of x, of which 128 bytes are a piece
     PIECES: tl.constexpr = UNITS * SIZE
     WIDTH: tl.constexpr = 128 // SIZE
-    BYTES: tl.constexpr = PIECES * BLOCK_M * 128 + TILES * (UNITS * 4096 + PARTS * 128)
+    BYTES: tl.constexpr = PIECES * BLOCK_M * 128 + WORKERS * EACH * (UNITS * 4096 + PARTS * 128)
     x_ring = gl.allocate_shared_memory(
         x_tiles.dtype, [STAGES * PIECES, BLOCK_M, WIDTH], gl.NVMMASharedLayout(128, SIZE * 8, 2)
     )
-    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, TILES, UNITS * 32, 32], gl.NVMMASharedLayout(128, 32, 3))
-    scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, TILES * 32], gl.NVMMASharedLayout(0, 32, 2))
+    words_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES * WORKERS, EACH, UNITS * 32, 32], gl.NVMMASharedLayout(128, 32, 3)
+    )
+    scales_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES * WORKERS, PARTS, EACH * 32], gl.NVMMASharedLayout(0, 32, 2)
+    )
     # few results go to memory as they are
     STAGED: tl.constexpr = BLOCK_M if BLOCK_M > 16 else 8
     y_stage = gl.allocate_shared_memory(
@@ -290,7 +278,7 @@ def _experts_kernel(
             KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
-            blocks_n, steps, steps_of_group, TILES, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
+            blocks_n, steps, steps_of_group, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
         )),
         ], [1], [24])  # fmt: skip
     elif WORKERS == 2:
@@ -305,7 +293,7 @@ def _experts_kernel(
             KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
-            blocks_n, steps, steps_of_group, TILES, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
+            blocks_n, steps, steps_of_group, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
         )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -328,7 +316,7 @@ def _experts_kernel(
             KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
-            blocks_n, steps, steps_of_group, TILES, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
+            blocks_n, steps, steps_of_group, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
         )),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
@@ -360,10 +348,11 @@ def matmul(
     _experts_kernel[(programs,)](
         TensorDescriptor(x, [rows, ins], [x.stride(0), 1], [block.block_m, GROUP // x.element_size()], of_x),
         TensorDescriptor(
-            weight.words, [all_tiles, in_tiles * 16, 32], [in_tiles * 512, 32, 1], [tiles, units * 32, 32], of_words
+            weight.words, [all_tiles, in_tiles * 16, 32], [in_tiles * 512, 32, 1],
+            [block.each, units * 32, 32], of_words,
         ),
         TensorDescriptor(
-            weight.pairs, list(weight.pairs.shape), [weight.pairs.shape[1], 1], [parts, tiles * 32],
+            weight.pairs, list(weight.pairs.shape), [weight.pairs.shape[1], 1], [parts, block.each * 32],
             gl.NVMMASharedLayout(0, 32, 2),
         ),
         y, y if x_scales is None else x_scales, y if half else weight.row_scales, partial, weight.counters, schedule,

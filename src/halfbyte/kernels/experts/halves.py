@@ -16,27 +16,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from halfbyte.kernels.w4a8.sums import after
+from halfbyte.kernels.ring import after
 from halfbyte.kernels.w4a16.codes import plus_magic
 
 
 @gluon.jit
-def _plus_magic(
-    words_ring,
-    slot,
-    at,
-    worker: tl.constexpr,
-    magic,
-    magic8,
-    dtype: tl.constexpr,
-    EACH: tl.constexpr,
-    wide: tl.constexpr,
-):
-    """Code + magic of rows r and of rows r + 8, for 64 inputs, whose words are the ring's rows from `at` on."""
+def _plus_magic(words_piece, at, magic, magic8, dtype: tl.constexpr, EACH: tl.constexpr, wide: tl.constexpr):
+    """Code + magic of rows r and of rows r + 8, for 64 inputs, whose words are the piece's rows from `at` on."""
     of_words: tl.constexpr = gl.BlockedLayout([EACH, 1, 4], [1, 4, 8], [1, 4, 1], [2, 1, 0])
     narrow: tl.constexpr = gl.SliceLayout(5, gl.SliceLayout(6, wide))
-    words = words_ring.index(slot).slice(worker * EACH, EACH, 0).slice(at, 16, 1)
-    words = gl.reshape(words.load(of_words), (EACH, 4, 8, 4, 4))
+    words = gl.reshape(words_piece.slice(at, 16, 1).load(of_words), (EACH, 4, 8, 4, 4))
     words = gl.convert_layout(words, narrow, assert_trivial=True)
     rows, rows8 = plus_magic(words, magic, magic8, dtype)
     rows = gl.convert_layout(rows, wide, assert_trivial=True)
@@ -62,8 +51,8 @@ def _of_rows(pairs, dtype: tl.constexpr, EACH: tl.constexpr, layout: tl.constexp
 @gluon.jit
 def add_halves(
     total, slot, phase, count, worker: tl.constexpr, x_ring, words_ring, scales_ring, full, empty, magic, magic8,
-    BLOCK_M: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    sums: tl.constexpr,
+    BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
     """Add so many steps to `total`; arguments as those of kernels/w4a8/sums.py. x has two tiles of 64 inputs to a unit."""
     FEW: tl.constexpr = BLOCK_M <= 32
@@ -85,8 +74,7 @@ def add_halves(
         products = ()
         scales = ()
         for unit in gl.static_range(UNITS):
-            pairs = scales_ring.index(slot).slice(unit % PARTS, 1, 0).slice(worker * EACH * 32, EACH * 32, 1)
-            pairs = pairs.load(of_pairs)
+            pairs = scales_ring.index(slot * WORKERS + worker).slice(unit % PARTS, 1, 0).load(of_pairs)
             product = none if FEW else total
             if not FEW:
                 pairs = gl.reshape(pairs, (EACH, 4, 8, 1, 1, 1, 1))
@@ -94,9 +82,8 @@ def add_halves(
                 scale = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
                 scale8 = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
             for half in gl.static_range(2):
-                rows, rows8 = _plus_magic(
-                    words_ring, slot, unit * 32 + half * 16, worker, magic, magic8, dtype, EACH, wide
-                )  # fmt: skip
+                piece = words_ring.index(slot * WORKERS + worker)
+                rows, rows8 = _plus_magic(piece, unit * 32 + half * 16, magic, magic8, dtype, EACH, wide)
                 rows -= offset
                 rows8 -= offset8
                 if not FEW:
@@ -120,5 +107,5 @@ def add_halves(
         if TOGETHER:
             for unit in gl.static_range(UNITS):
                 total += products[unit] * scales[unit]
-        slot, phase = after(slot, phase, STAGES)
+        slot, phase = after(slot, phase, 1, STAGES)
     return total, slot, phase

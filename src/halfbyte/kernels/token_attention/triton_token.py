@@ -22,10 +22,10 @@ from torch import Tensor
 from halfbyte.kernels.device import overlaps, processors
 
 TOKENS, WARPS, STAGES = 64, 4, 2  # that a program has at once; its warps; how many such pieces are on their way
+WARPS_OF_SPLITS = 8  # short runs: few instructions of a warp, one after the other, are what takes time
 FEWEST_TOKENS = 32  # of a split
 PROGRAMS = 2  # a multiprocessor's
 MOST_SPLITS = 32
-AT_ONCE = tl.constexpr(4)  # heads whose splits are put together, all loaded before any is summed
 FEWEST_HEADS = 16  # of a product on tensor cores
 NOTHING = tl.constexpr(-1.0e30)
 
@@ -60,24 +60,30 @@ def _seen(query, key, value, there, tops, totals, sums, score_scale, WIDE: tl.co
 
 @triton.jit
 def _put_together(
-    y_ptr, sums_ptr, tops_ptr, first_head, d, dtype: tl.constexpr, TOGETHER: tl.constexpr, DIM: tl.constexpr,
-    SPLITS: tl.constexpr, ALL_SPLITS: tl.constexpr,
+    y_ptr, sums_ptr, tops_ptr, first_head, d, dtype: tl.constexpr, TOGETHER: tl.constexpr, TOGETHER_OR_MORE: tl.constexpr,
+    DIM: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The answers of TOGETHER query heads, of what their splits have left."""
-    s = tl.arange(0, ALL_SPLITS)
-    for begin in tl.static_range(0, TOGETHER, AT_ONCE):
-        sums, tops, totals = (), (), ()
-        for i in tl.static_range(begin, min(begin + AT_ONCE, TOGETHER)):
-            parts = (first_head + i) * SPLITS + s
-            places = parts[:, None] * DIM + d[None, :]
-            # as another program wrote it: not from this multiprocessor's own cache
-            sums += (tl.load(sums_ptr + places, mask=(s < SPLITS)[:, None], other=0.0, cache_modifier=".cg"),)
-            tops += (tl.load(tops_ptr + parts * 2, mask=s < SPLITS, other=NOTHING, cache_modifier=".cg"),)
-            totals += (tl.load(tops_ptr + parts * 2 + 1, mask=s < SPLITS, other=0.0, cache_modifier=".cg"),)
-        for i in tl.static_range(begin, min(begin + AT_ONCE, TOGETHER)):
-            fades = tl.exp2(tops[i - begin] - tl.max(tops[i - begin], 0))
-            y = tl.sum(sums[i - begin] * fades[:, None], 0) / tl.sum(totals[i - begin] * fades, 0)
-            tl.store(y_ptr + (first_head + i) * DIM + d, y.to(dtype))
+    """The answers of TOGETHER query heads, of what their splits have left. A thread sums what it has of all splits itself."""
+    h = tl.arange(0, TOGETHER_OR_MORE)
+    parts = (first_head + h) * SPLITS
+    # as another program wrote it: not from this multiprocessor's own cache
+    tops, totals = (), ()
+    for s in tl.static_range(SPLITS):
+        at = tops_ptr + (parts + s) * 2
+        tops += (tl.load(at, mask=h < TOGETHER, other=0.0, cache_modifier=".cg"),)
+        totals += (tl.load(at + 1, mask=h < TOGETHER, other=1.0, cache_modifier=".cg"),)
+    top = tops[0]
+    for s in tl.static_range(1, SPLITS):
+        top = tl.maximum(top, tops[s])
+    total = tl.zeros_like(top)
+    y = tl.zeros((TOGETHER_OR_MORE, DIM), tl.float32)
+    real = (h < TOGETHER)[:, None] & (d < DIM)[None, :]
+    for s in tl.static_range(SPLITS):
+        fade = tl.exp2(tops[s] - top)
+        total += totals[s] * fade
+        places = (parts + s)[:, None] * DIM + d[None, :]
+        y += tl.load(sums_ptr + places, mask=real, other=0.0, cache_modifier=".cg") * fade[:, None]
+    tl.store(y_ptr + (first_head + h)[:, None] * DIM + d[None, :], (y / total[:, None]).to(dtype), mask=real)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -85,10 +91,10 @@ def _token_attention_kernel(
     qkv_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, y_ptr, sums_ptr, tops_ptr, counters_ptr,
     capacity, cos_stride, score_scale,
     KV_HEADS: tl.constexpr, TOGETHER: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    ALL_SPLITS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    TOGETHER_OR_MORE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """TOGETHER query heads share a head of keys; HEADS: so many that tensor cores take them; ALL_SPLITS: the power of
-    two from SPLITS on. WIDE: products of float32."""
+    """TOGETHER query heads share a head of keys; HEADS: so many that tensor cores take them; TOGETHER_OR_MORE: a power of
+    two. WIDE: products of float32."""
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
@@ -142,7 +148,7 @@ def _token_attention_kernel(
         if tl.atomic_add(counters_ptr + place, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(counters_ptr + place, 0)
             first_head = (row * all_heads + head * TOGETHER).to(tl.int64)
-            _put_together(y_ptr, sums_ptr, tops_ptr, first_head, d, dtype, TOGETHER, DIM, SPLITS, ALL_SPLITS)
+            _put_together(y_ptr, sums_ptr, tops_ptr, first_head, d, dtype, TOGETHER, TOGETHER_OR_MORE, DIM, SPLITS)
 
 
 def splits_for(places: int, capacity: int, multiprocessors: int) -> int:
@@ -167,7 +173,7 @@ def attend_token(
         qkv.contiguous(), cos.contiguous(), sin.contiguous(), keys, values, position, y, sums, tops, counters,
         capacity, dim if len(cos) > 1 else 0, scaling / math.log(2),
         kv_heads, together, max(FEWEST_HEADS, triton.next_power_of_2(together)), dim, splits,
-        triton.next_power_of_2(splits), TOKENS, STAGES, wide, early,
-        num_warps=WARPS, **({"launch_pdl": True} if early else {}),
+        triton.next_power_of_2(together), TOKENS, STAGES, wide, early,
+        num_warps=WARPS if splits == 1 else WARPS_OF_SPLITS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return y

@@ -72,15 +72,15 @@ def _norm_quantize_kernel(
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if OVERLAPS:
-        # the product behind may fetch its weight; this launch itself began before what it reads was there
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # the product behind may fetch its weight
     lane = tl.arange(0, BLOCK)[None, :]
     weights, biases = (), ()
     for chunk in tl.static_range(CHUNKS):
         k = chunk * BLOCK + lane
         weight, bias = _affine(weight_ptr, bias_ptr, k, (k < ins) | EVEN, HAS_BIAS)
         weights, biases = weights + (weight,), biases + (bias,)  # noqa: RUF005 - triton knows no unpacking
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()  # this launch began before what it reads was there
     for start in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS, num_stages=STAGES):
         # int64: activations may have more than 2**31 elements
         row = (start + tl.arange(0, ROWS)).to(tl.int64)

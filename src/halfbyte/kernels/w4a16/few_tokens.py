@@ -35,12 +35,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from halfbyte.kernels.ring import barrier
 from halfbyte.kernels.w4a16.codes import plus_magic
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight, magics
 from halfbyte.kernels.w4a16.tilings import EARLY, Stream, run_of
 
-# two names changed between triton 3.6 and 3.9
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+# a name that changed between triton 3.6 and 3.9
 if hasattr(async_copy, "async_load"):
     copy = async_copy.async_load
 else:

@@ -39,16 +39,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.device import processors
+from halfbyte.kernels.ring import barrier, fetch, flush
 from halfbyte.kernels.w4a16.codes import plus_magic
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight, magics
 from halfbyte.kernels.w4a16.tilings import EARLY, Block, run_of
-
-# names that changed between triton 3.6 and 3.9
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-if hasattr(tma, "async_load"):
-    fetch, flush = tma.async_load, tma.async_store
-else:
-    fetch, flush = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
 
 
 @gluon.jit

@@ -29,26 +29,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from halfbyte.kernels.ring import after, barrier, fetch
 from halfbyte.kernels.w4a16.codes import plus_magic
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight, magics
 from halfbyte.kernels.w4a16.tilings import EARLY, GROUP, Streamed
-
-# names that changed between triton 3.6 and 3.9
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _after(slot, phase, by: tl.constexpr, STAGES: tl.constexpr):
-    slot += by
-    return gl.where(slot >= STAGES, slot - STAGES, slot), gl.where(slot >= STAGES, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -68,7 +58,7 @@ def _load_weight(
         mbarrier.expect(ready, UNITS * (FOLD * BLOCK_M * 256 + 4096 + FOLD * 128))
         fetch(words_tiles, [tile, step * IN_TILES, half * 8, 0], ready, words_ring.index(slot))
         fetch(scales_tiles, [step * (UNITS * FOLD), tile * 8, 0], ready, scales_ring.index(slot))
-        slot, phase = _after(slot, phase, 1, STAGES)
+        slot, phase = after(slot, phase, 1, STAGES)
 
 
 @gluon.jit
@@ -81,7 +71,7 @@ def _load_x(x_tiles, x_ring, full, empty, steps, FOLD: tl.constexpr, UNITS: tl.c
         for part in gl.static_range(UNITS * 2):
             at = [(step * UNITS + part // 2) * FOLD, part % 2, 0, 0]
             fetch(x_tiles, at, full.index(slot), x_ring.index(slot * (UNITS * 2) + part))
-        slot, phase = _after(slot, phase, 1, STAGES)
+        slot, phase = after(slot, phase, 1, STAGES)
 
 
 @gluon.jit
@@ -160,7 +150,7 @@ def _add_steps(
         mbarrier.arrive(empty.index(slot), count=1)
         for unit in gl.static_range(UNITS):
             total += products[unit] * scales[unit]
-        slot, phase = _after(slot, phase, WORKERS, STAGES)
+        slot, phase = after(slot, phase, WORKERS, STAGES)
     return total
 
 

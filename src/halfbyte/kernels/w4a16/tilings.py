@@ -7,6 +7,7 @@ from halfbyte.kernels.crews import Crews
 
 EARLY = True  # a launch may start to fetch its weight while the kernel before it ends ("programmatic dependent launch")
 GROUP = 128  # inputs that share a scale, in `streamed`
+LONG = 8192  # inputs, beyond which 32 outputs are too few for a program of `streamed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,34 @@ TABLE: tuple[tuple[Tiling, ...], ...] = (
 
 # what is faster for symmetric groups of 128, in the first rows; None: what `TABLE` says. Columns: `streamed_column`
 STREAMED: tuple[tuple[Streamed | None, ...], ...] = (
-    (Streamed(4, 2, 2, 1, 16, 2), None, Streamed(8, 1, 1, 2, 5, 3), Streamed(8, 1, 1, 2, 4, 4)),
-    (Streamed(8, 2, 2, 1, 12, 2), None, Streamed(8, 1, 1, 2, 5, 3), Streamed(8, 1, 1, 2, 4, 4)),
-    (Streamed(16, 2, 2, 1, 6, 2), None, Streamed(16, 1, 1, 2, 4, 3), Streamed(16, 1, 1, 2, 3, 4)),
-    (None, None, None, None),
+    (
+        Streamed(4, 2, 2, 2, 8, 2),
+        Streamed(4, 2, 2, 2, 8, 2),
+        Streamed(8, 1, 2, 2, 8, 2),
+        Streamed(8, 1, 1, 2, 5, 3),
+        Streamed(8, 1, 1, 2, 4, 4),
+    ),
+    (
+        Streamed(8, 2, 2, 1, 12, 2),
+        Streamed(8, 2, 2, 1, 6, 3),
+        Streamed(8, 1, 2, 2, 8, 2),
+        Streamed(8, 1, 1, 2, 5, 3),
+        Streamed(8, 1, 1, 2, 4, 4),
+    ),
+    (
+        Streamed(16, 2, 1, 2, 4, 2),
+        Streamed(16, 2, 2, 1, 6, 2),
+        Streamed(16, 1, 1, 2, 6, 2),
+        Streamed(16, 1, 1, 2, 4, 3),
+        Streamed(16, 1, 1, 1, 6, 4),
+    ),
+    (
+        Streamed(32, 2, 1, 2, 2, 2),
+        Streamed(32, 2, 1, 2, 2, 2),
+        Streamed(32, 1, 1, 2, 4, 2),
+        Streamed(32, 1, 1, 2, 2, 3),
+        Streamed(32, 1, 1, 1, 3, 4),
+    ),
 )
 
 
@@ -116,17 +141,13 @@ def column(outs: int) -> int:
 def streamed_column(outs: int, ins: int) -> int | None:
     """The column of `STREAMED`, if any.
 
-    0, 1: a program of 32 outputs for every multiprocessor, or for half of them; at most 4096 inputs, or more. 2, 3: from
-    16384 outputs on; at most three programs of 64 outputs for every multiprocessor, or more.
+    0, 1: at most 8192 inputs, and a program of 32 outputs for every multiprocessor, or two. 2, 3, 4: at most two programs of
+    64 outputs for every multiprocessor, or three, or more.
     """
     tiles = ceil(outs / 64)
-    if 4 * tiles < PROCESSORS:
+    if 4 * tiles < PROCESSORS or (tiles <= PROCESSORS and ins > LONG):
         return None
-    if 2 * tiles <= PROCESSORS:
-        return 0 if ins <= 4096 else 1
-    if outs < OUTS[2]:
-        return None
-    return 2 if tiles <= 3 * PROCESSORS else 3
+    return next((column for column, most in enumerate((0.5, 1, 2, 3)) if tiles <= most * PROCESSORS), 4)
 
 
 def stream_tokens(outs: int, ins: int, group_size: int, symmetric: bool) -> int:

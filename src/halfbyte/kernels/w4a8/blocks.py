@@ -38,32 +38,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.device import processors
+from halfbyte.kernels.ring import after, barrier, fetch, fetch_weight, flush
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
-from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, after, by_lanes, by_rows
+from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, by_lanes, by_rows
 from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Block, units_of
 from halfbyte.kernels.w4a8.turns import place, run_of, share_of, steps_each
 
 SIGNS = -0x7F7F7F80  # 0x80808080 as int32
 KINDS = {"float": 0, "integer": 1, "weight": 2}
-# names that changed between triton 3.6 and 3.9
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-if hasattr(tma, "async_load"):
-    fetch, flush = tma.async_load, tma.async_store
-else:
-    fetch, flush = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
-
-
-@gluon.jit
-def _fetch_weight(
-    words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, block_n, step, steps_of_group,
-    BYTES: tl.constexpr, TILES: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    mbarrier.expect(ready, BYTES)
-    fetch(words_tiles, [block_n * TILES, step * (UNITS * 32), 0], ready, words_ring.index(slot))
-    group = step * PARTS
-    if PARTS == 1:
-        group = step // steps_of_group
-    fetch(scales_tiles, [group, block_n * (TILES * 32)], ready, scales_ring.index(slot))
 
 
 @gluon.jit
@@ -77,9 +59,10 @@ def _fetch_x(x_tiles, x_ring, ready, slot, block_m, step, BLOCK_M: tl.constexpr,
 def _load(
     x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n, steps,
     steps_of_group,
-    BLOCK_M: tl.constexpr, TILES: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    SHARED: tl.constexpr, SPLIT: tl.constexpr, BESIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    TILES: tl.constexpr = WORKERS * EACH
     BYTES: tl.constexpr = UNITS * BLOCK_M * 128 + TILES * (UNITS * 4096 + PARTS * 128)
     each = steps_each(blocks_m * blocks_n, steps, SHARED)
     share = share_of(blocks_m * blocks_n, SHARED, SPLIT)
@@ -89,8 +72,8 @@ def _load(
     first = begin % steps
     early = gl.minimum(gl.minimum(steps - first, end - begin), STAGES)
     for i in range(early):
-        _fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, full.index(i), i, block_n, first + i,
-                      steps_of_group, BYTES, TILES, UNITS, PARTS)  # fmt: skip
+        fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, full.index(i), i, block_n * TILES, first + i,
+                     steps_of_group, BYTES, WORKERS, EACH, UNITS, PARTS)  # fmt: skip
     gdc_wait()
     for i in range(early):
         _fetch_x(x_tiles, x_ring, full.index(i), i, block_m, first + i, BLOCK_M, UNITS)
@@ -104,10 +87,10 @@ def _load(
         for step in range(first + skip, last):
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), phase)
-            _fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, block_n, step,
-                          steps_of_group, BYTES, TILES, UNITS, PARTS)  # fmt: skip
+            fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, block_n * TILES, step,
+                         steps_of_group, BYTES, WORKERS, EACH, UNITS, PARTS)  # fmt: skip
             _fetch_x(x_tiles, x_ring, ready, slot, block_m, step, BLOCK_M, UNITS)
-            slot, phase = after(slot, phase, STAGES)
+            slot, phase = after(slot, phase, 1, STAGES)
         skip = 0
         if SHARED or SPLIT > 1:
             begin += last - first
@@ -171,7 +154,7 @@ def _multiply(
             ahead = gl.where(first > 0, 0, gl.where(others > 0, gl.minimum(count, AHEAD), 0))
             total, slot, phase = add_steps(
                 total, none, slot, phase, count - ahead, worker, x_ring, words_ring, scales_ring, full, empty, signs,
-                KIND, HIGH, BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
+                KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, sums,
             )  # fmt: skip
             if ahead > 0:
                 while gl.atomic_add(counter, 0) < others:
@@ -192,7 +175,7 @@ def _multiply(
             count = ahead
         total, slot, phase = add_steps(
             total, none, slot, phase, count, worker, x_ring, words_ring, scales_ring, full, empty, signs,
-            KIND, HIGH, BLOCK_M, EACH, UNITS, PARTS, STAGES, sums,
+            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, sums,
         )  # fmt: skip
         if first > 0:
             mine = share if SHARED else block * (SPLIT - 1) + share - 1
@@ -236,10 +219,13 @@ def _blocks_kernel(
 ):  # fmt: skip
     """PARTS are the groups of a step: UNITS, or 1 where groups are longer than that."""
     gdc_launch_dependents()
-    TILES: tl.constexpr = WORKERS * EACH
     x_ring = gl.allocate_shared_memory(gl.int8, [STAGES * UNITS, BLOCK_M, 128], gl.NVMMASharedLayout(128, 8, 2))
-    words_ring = gl.allocate_shared_memory(gl.int32, [STAGES, TILES, UNITS * 32, 32], gl.NVMMASharedLayout(128, 32, 3))
-    scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS, TILES * 32], gl.NVMMASharedLayout(0, 32, 2))
+    words_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES * WORKERS, EACH, UNITS * 32, 32], gl.NVMMASharedLayout(128, 32, 3)
+    )
+    scales_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES * WORKERS, PARTS, EACH * 32], gl.NVMMASharedLayout(0, 32, 2)
+    )
     # few results go to memory as they are
     STAGED: tl.constexpr = BLOCK_M if BLOCK_M > 16 else 8
     y_stage = gl.allocate_shared_memory(
@@ -264,7 +250,7 @@ def _blocks_kernel(
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, TILES, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
+            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
         )),
         ], [1], [24])  # fmt: skip
     elif WORKERS == 2:
@@ -279,9 +265,28 @@ def _blocks_kernel(
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, TILES, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
+            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
         )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    elif WORKERS == 3:
+        gl.warp_specialize([
+        (_multiply, (
+            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
+        )), (_multiply, (
+            W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
+        )), (_multiply, (
+            W2, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
+            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
+        )), (_load, (
+            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
+            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
+        )),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
         (_multiply, (
@@ -302,7 +307,7 @@ def _blocks_kernel(
             KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
         )), (_load, (
             x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, TILES, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
+            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
         )),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
@@ -346,10 +351,11 @@ def matmul(
     _blocks_kernel[(programs,)](
         TensorDescriptor(x, [tokens, ins], [x.stride(0), 1], [block.block_m, GROUP], of_x),
         TensorDescriptor(
-            weight.words, [out_tiles, in_tiles * 16, 32], [in_tiles * 512, 32, 1], [tiles, units * 32, 32], of_words
+            weight.words, [out_tiles, in_tiles * 16, 32], [in_tiles * 512, 32, 1], [block.each, units * 32, 32],
+            of_words,
         ),
         TensorDescriptor(
-            weight.pairs, list(weight.pairs.shape), [weight.pairs.shape[1], 1], [parts, tiles * 32], of_scales
+            weight.pairs, list(weight.pairs.shape), [weight.pairs.shape[1], 1], [parts, block.each * 32], of_scales
         ),
         TensorDescriptor(y, [tokens, weight.outs], [weight.outs, 1], [block.block_m, block.each * 64], of_y),
         y, x_scales, weight.row_scales, *added(y, bias), partial, weight.counters,

@@ -30,21 +30,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from halfbyte.kernels.ring import after, barrier, fetch
 from halfbyte.kernels.w4a8.blocks import KINDS, SIGNS, added
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
-from halfbyte.kernels.w4a8.sums import FLOAT, WEIGHT, after, of_rows, operand
+from halfbyte.kernels.w4a8.sums import FLOAT, WEIGHT, of_rows, operand
 from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Folded
-
-# names that changed between triton 3.6 and 3.9
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -84,7 +80,7 @@ def _load(
         mbarrier.wait(empty.index(slot), phase)
         _fetch_weight(words_tiles, scales_tiles, words_ring, scales_ring, ready, slot, step, TOKENS, UNITS)
         _fetch_x(x_tiles, x_ring, ready, slot, step, UNITS)
-        slot, phase = after(slot, phase, STAGES)
+        slot, phase = after(slot, phase, 1, STAGES)
 
 
 @gluon.jit
@@ -133,9 +129,7 @@ def _add_turns(
         mbarrier.arrive(empty.index(slot), count=1)
         for i in gl.static_range(len(products)):
             total += products[i].to(real) * scales[i]
-        slot += WORKERS
-        phase = gl.where(slot >= STAGES, phase ^ 1, phase)
-        slot = gl.where(slot >= STAGES, slot - STAGES, slot)
+        slot, phase = after(slot, phase, WORKERS, STAGES)
     return total
 
 

@@ -13,6 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from halfbyte.kernels.ring import after
+
 FLOAT = tl.constexpr(0)
 WEIGHT = tl.constexpr(2)  # 1 is INTEGER, see `blocks`
 UPPER_HALVES = tl.constexpr(-0x0F0F0F10)  # 0xF0F0F0F0 as int32
@@ -83,16 +85,10 @@ def of_rows(pairs, EACH: tl.constexpr, KIND: tl.constexpr, layout: tl.constexpr)
 
 
 @gluon.jit
-def after(slot, phase, STAGES: tl.constexpr):
-    slot += 1
-    return gl.where(slot == STAGES, 0, slot), gl.where(slot == STAGES, phase ^ 1, phase)
-
-
-@gluon.jit
 def add_steps(
     total, none, slot, phase, count, worker: tl.constexpr, x_ring, words_ring, scales_ring, full, empty, signs,
-    KIND: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr, sums: tl.constexpr,
+    KIND: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr,
+    UNITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
     """Add so many steps to `total`."""
     TOGETHER: tl.constexpr = UNITS > 1 and BLOCK_M * EACH * UNITS <= 128  # registers hold the sums of all units
@@ -106,9 +102,8 @@ def add_steps(
         products = ()
         scales = ()
         for unit in gl.static_range(UNITS):
-            pairs = scales_ring.index(slot).slice(unit % PARTS, 1, 0).slice(worker * EACH * 32, EACH * 32, 1)
-            pairs = pairs.load(of_pairs)
-            words = words_ring.index(slot).slice(worker * EACH, EACH, 0).slice(unit * 32, 32, 1).load(of_words)
+            pairs = scales_ring.index(slot * WORKERS + worker).slice(unit % PARTS, 1, 0).load(of_pairs)
+            words = words_ring.index(slot * WORKERS + worker).slice(unit * 32, 32, 1).load(of_words)
             a = operand(words, pairs, signs, EACH, KIND, HIGH, left)
             xt = x_ring.index(slot * UNITS + unit).permute((1, 0))
             if KIND == WEIGHT:
@@ -134,7 +129,7 @@ def add_steps(
         mbarrier.arrive(empty.index(slot), count=1)
         for i in gl.static_range(len(products)):
             total += products[i].to(total.dtype) * scales[i]
-        slot, phase = after(slot, phase, STAGES)
+        slot, phase = after(slot, phase, 1, STAGES)
     return total, slot, phase
 
 

@@ -63,31 +63,60 @@ Tiling = Block | Folded
 TOKENS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 PROCESSORS = 132  # of an H200, for which the launches were found
 FULL = 0.8  # of the places in use: then programs take whole blocks, else they share out the steps
-MOST_SHARES = 6
+LONG = 8192  # inputs, up to which sharing a block costs more than it saves
+SPLITS = {32: 6, 64: 4, 128: 2}  # programs at most that share a block: its owner has registers for what they leave
 
 
 def choose(kind: str, tokens: int, outs: int, ins: int, group_size: int) -> Tiling:
     """What to launch for so many tokens and a weight of that shape."""
     tiles = ceil(outs / 64)
-    if tokens <= 8 and 2 * tiles <= PROCESSORS and group_size == GROUP:
-        if ins <= 8192:
-            return Folded(4 if tokens <= 4 else 8, 2, 1, 16, 2)
-        return Folded(4, 2, 2, 10, 2) if tokens <= 4 else Folded(8, 2, 2, 8, 2)
+    if tokens <= 32 and 2 * tiles <= PROCESSORS and group_size == GROUP and (tokens <= 8 or ins <= LONG):
+        return _folded(tokens, ins)
     if tokens <= 32:
-        block_m = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-        residents = 3 if tiles <= 3 * PROCESSORS else 4
-        if shares := min(residents * PROCESSORS // tiles, MOST_SHARES):
-            stages = {8: 7, 16: 5, 32: 4}[block_m] if residents == 3 else {8: 5, 16: 4, 32: 3}[block_m]
-            return Block(block_m, 1, 1, 2, stages, False, residents, residents, shares)
-        return Block(block_m, 1, 1, 2, {8: 5, 16: 4, 32: 3}[block_m], not fills(tiles, 4), 4, 4)
+        return _few(tokens, tiles, ins)
+    blocks = ceil(tokens / 64) * tiles
+    if blocks <= (2 if ins <= LONG else 1) * PROCESSORS:
+        return Block(64, 1, 1, 2, 4, False, 2, 2, min(2 * PROCESSORS // blocks, SPLITS[64]))
     if tokens <= 64:
         if tiles <= 3 * PROCESSORS:
             return Block(64, 1, 1, 2, 2, not fills(tiles, 3), 3, 3)
         return Block(64, 2, 1, 1, 5, not fills(ceil(tiles / 2), 2), 2, 2)
-    blocks_m = ceil(tokens / 128)
+    return _many(kind, ceil(tokens / 128), tiles)
+
+
+def _folded(tokens: int, ins: int) -> Folded:
+    """Up to 32 tokens, and at most as many blocks of 32 outputs as multiprocessors."""
+    if tokens <= 4:
+        return Folded(4, 2, 1, 16, 2) if ins <= LONG else Folded(4, 2, 2, 10, 2)
+    if tokens <= 8:
+        return Folded(8, 2, 1, 16, 2) if ins <= LONG else Folded(8, 2, 2, 8, 2)
+    return Folded(16, 2, 2, 4, 2) if tokens <= 16 else Folded(32, 2, 1, 6, 2)
+
+
+def _few(tokens: int, tiles: int, ins: int) -> Block:
+    """Up to 32 tokens: the weight's bytes decide."""
+    block_m = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    if tiles <= 2 * PROCESSORS and ins <= LONG:
+        return Block(block_m, 1, 1, 4, {8: 5, 16: 4, 32: 3}[block_m], False, 2, 2)
+    if tiles <= 3 * PROCESSORS:
+        return Block(
+            block_m, 1, 1, 2, {8: 7, 16: 5, 32: 4}[block_m], False, 3, 3, min(3 * PROCESSORS // tiles, SPLITS[32])
+        )
+    if block_m == 8:
+        return Block(8, 2, 1, 2, 5, not fills(ceil(tiles / 2), 2), 2, 2)
+    return Block(block_m, 2, 1, 1, {16: 10, 32: 8}[block_m], not fills(ceil(tiles / 2), 2), 2, 2)
+
+
+def _many(kind: str, blocks_m: int, tiles: int) -> Block:
+    """`blocks_m` blocks of 128 tokens: tensor cores decide."""
     if kind == "weight" and fills(blocks_m * ceil(tiles / 4), 1):
         return Block(128, 4, 1, 1, 4, False)
-    return Block(128, 2, 1, 2, 3, not fills(blocks_m * ceil(tiles / 2), 1))
+    blocks = blocks_m * ceil(tiles / 2)
+    if blocks <= PROCESSORS:
+        return Block(128, 2, 1, 2, 3, False, split=min(PROCESSORS // blocks, SPLITS[128]))
+    if not fills(blocks, 1) and fills(blocks_m * ceil(tiles / 3), 1):
+        return Block(128, 3, 1, 1, 5, False)
+    return Block(128, 2, 1, 2, 3, not fills(blocks, 1))
 
 
 def fills(blocks: int, residents: int) -> bool:
