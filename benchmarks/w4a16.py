@@ -176,6 +176,11 @@ def candidate_streamed(tokens: int) -> Iterator[Streamed]:
         stages = min(fit, 20 // units) // workers * workers
         if stages >= 2 and one.worker_registers >= one.block_m * fold // 2 * (units + 1) + 48:
             yield replace(one, stages=stages)
+        if fold == 1 and workers > 1:
+            one = replace(one, beside=True)
+            fit = stages_that_fit(residents, one.shared_memory, replace(one, stages=2).shared_memory)
+            if fit >= 2 and one.worker_registers >= one.block_m // 2 * (units + 1) + 48:
+                yield replace(one, stages=min(fit, 20 // units))
 
 
 def stages_that_fit(residents: int, one: int, two: int) -> int:
@@ -234,7 +239,7 @@ def is_sensible(tiling: Tiling, outs: int, ins: int) -> bool:
     """Whether a `Streamed` has a cell, and places for all its programs, if any has."""
     if not isinstance(tiling, Streamed):
         return True
-    column, programs = tilings.streamed_column(outs, ins), math.ceil(outs / 64) * tiling.fold
+    column, programs = tilings.streamed_column(outs, ins), math.ceil(outs / 64) * tiling.fold // tiling.tiles
     if column is None or tiling.fold != (2 if column < 2 else 1):
         return False
     return tiling.residents == 4 or programs <= tilings.PROCESSORS * tiling.residents

@@ -5,10 +5,11 @@ meet in a ring of STAGES slots in shared memory; a step is UNITS · FOLD · 128 
 
     loader         1 warp     words and scales, by the copy engine ─► slot
     loader         1 warp     x ─► slot, once the kernel before this one has ended
-    WORKERS crews  of 4       slot ─► code + magic - offset, exact ─► wgmma with xᵀ of the slot ─► · scale, added up in float32
+    crews          of 4       slot ─► code + magic - offset, exact ─► wgmma with xᵀ of the slot ─► · scale, added up in float32
 
-Crews take the steps in turns; what they have is added up in shared memory. STAGES is a multiple of WORKERS: a slot belongs
-to one crew, which so sees all of its phases. A launch fetches its weight while the kernel before it ends: where there are
+TURNS crews take the steps in turns; what they have is added up in shared memory. STAGES is a multiple of TURNS: a slot
+belongs to one crew, which so sees all of its phases. Or TILES crews stand side by side over 64 outputs each, for the same x.
+A launch fetches its weight while the kernel before it ends: where there are
 places for the programs of the next launch, memory never idles.
 
 Where outputs are few, FOLD is 2: a row of the operand takes the inputs in turns of 128 with the row 32 below it, and x is
@@ -44,20 +45,22 @@ from halfbyte.kernels.w4a16.tilings import EARLY, GROUP, Streamed
 @gluon.jit
 def _load_weight(
     words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps,
-    BLOCK_M: tl.constexpr, FOLD: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, FOLD: tl.constexpr, TILES: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The weight is there for good, and so it does not wait for the kernel before this one."""
     IN_TILES: tl.constexpr = UNITS * FOLD * 2  # of a step
-    tile = gl.program_id(0) // FOLD
+    first = gl.program_id(0) * TILES // FOLD
     half = gl.program_id(0) % FOLD
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)  # slots begin empty
     for step in range(steps):
         ready = full.index(slot)
         mbarrier.wait(empty.index(slot), phase)
-        mbarrier.expect(ready, UNITS * (FOLD * BLOCK_M * 256 + 4096 + FOLD * 128))
-        fetch(words_tiles, [tile, step * IN_TILES, half * 8, 0], ready, words_ring.index(slot))
-        fetch(scales_tiles, [step * (UNITS * FOLD), tile * 8, 0], ready, scales_ring.index(slot))
+        mbarrier.expect(ready, UNITS * (FOLD * BLOCK_M * 256 + TILES * (4096 + FOLD * 128)))
+        for tile in gl.static_range(TILES):
+            at = first + tile
+            fetch(words_tiles, [at, step * IN_TILES, half * 8, 0], ready, words_ring.index(slot * TILES + tile))
+            fetch(scales_tiles, [step * (UNITS * FOLD), at * 8, 0], ready, scales_ring.index(slot * TILES + tile))
         slot, phase = after(slot, phase, 1, STAGES)
 
 
@@ -110,10 +113,11 @@ def _operand(words, tile: tl.constexpr, magic, magic8, dtype: tl.constexpr, FOLD
 @gluon.jit
 def _add_steps(
     worker: tl.constexpr, x_ring, words_ring, scales_ring, full, empty, steps, magic, magic8,
-    BLOCK_M: tl.constexpr, FOLD: tl.constexpr, WORKERS: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
-    sums: tl.constexpr,
+    BLOCK_M: tl.constexpr, FOLD: tl.constexpr, TURNS: tl.constexpr, TILES: tl.constexpr, UNITS: tl.constexpr,
+    STAGES: tl.constexpr, sums: tl.constexpr,
 ):  # fmt: skip
-    """The sums of every WORKERS-th step, [64, FOLD · BLOCK_M]."""
+    """The sums of every TURNS-th step, [64, FOLD · BLOCK_M]."""
+    BEGIN: tl.constexpr = worker % TURNS
     dtype: tl.constexpr = x_ring.dtype
     left: tl.constexpr = gl.DotOperandLayout(0, sums, 2)
     rows: tl.constexpr = gl.SliceLayout(1, sums)
@@ -126,16 +130,17 @@ def _add_steps(
     half = gl.program_id(0) % FOLD
     none = gl.full((64, FOLD * BLOCK_M), 0.0, gl.float32, sums)
     total = none
-    slot = gl.to_tensor(worker % STAGES)
-    phase = gl.to_tensor(worker // STAGES % 2)
-    for _ in range(worker, steps, WORKERS):
+    slot = gl.to_tensor(BEGIN % STAGES)
+    phase = gl.to_tensor(BEGIN // STAGES % 2)
+    for _ in range(BEGIN, steps, TURNS):
         mbarrier.wait(full.index(slot), phase)
         products = ()
         scales = ()
         for unit in gl.static_range(UNITS):
-            pairs = scales_ring.index(slot).slice(unit * FOLD, FOLD, 0).load(of_pairs)
+            piece = slot * TILES + worker % TILES
+            pairs = scales_ring.index(piece).slice(unit * FOLD, FOLD, 0).load(of_pairs)
             scales = scales + (_scales(pairs, half, dtype, FOLD, rows),)
-            words = words_ring.index(slot).slice(unit * FOLD * 2, FOLD * 2, 1).load(of_words)
+            words = words_ring.index(piece).slice(unit * FOLD * 2, FOLD * 2, 1).load(of_words)
             product = none
             for tile in gl.static_range(2):
                 a = _operand(words, tile, magic, magic8, dtype, FOLD, left)
@@ -150,7 +155,7 @@ def _add_steps(
         mbarrier.arrive(empty.index(slot), count=1)
         for unit in gl.static_range(UNITS):
             total += products[unit] * scales[unit]
-        slot, phase = after(slot, phase, WORKERS, STAGES)
+        slot, phase = after(slot, phase, TURNS, STAGES)
     return total
 
 
@@ -158,29 +163,31 @@ def _add_steps(
 def _multiply(
     worker: tl.constexpr, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps,
     magic, magic8,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr, WORKERS: tl.constexpr, UNITS: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr, TURNS: tl.constexpr, TILES: tl.constexpr,
+    UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     sums: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FOLD * BLOCK_M, 16])
     OUTS: tl.constexpr = 64 // FOLD
     of_y: tl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
     total = _add_steps(
-        worker, x_ring, words_ring, scales_ring, full, empty, steps, magic, magic8, BLOCK_M, FOLD, WORKERS, UNITS, STAGES,
-        sums,
+        worker, x_ring, words_ring, scales_ring, full, empty, steps, magic, magic8, BLOCK_M, FOLD, TURNS, TILES, UNITS,
+        STAGES, sums,
     )  # fmt: skip
     left.index(worker).store(total)
-    if worker > 0:
+    if worker % TURNS > 0:
         mbarrier.arrive(done.index(0), count=1)
     else:
-        if WORKERS > 1:
+        if TURNS > 1:
             mbarrier.wait(done.index(0), 0)
         else:
             barrier()
-        n = gl.program_id(0) * OUTS + gl.expand_dims(gl.arange(0, OUTS, gl.SliceLayout(1, of_y)), 1)
+        n = (gl.program_id(0) * TILES + worker // TURNS) * OUTS + gl.expand_dims(
+            gl.arange(0, OUTS, gl.SliceLayout(1, of_y)), 1
+        )
         m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, of_y)), 0)
         y = gl.full((OUTS, BLOCK_M), 0.0, gl.float32, of_y)
-        for part in gl.static_range(WORKERS * FOLD):
-            quarter = left.index(part // FOLD).slice(part % FOLD * OUTS, OUTS, 0)
+        for part in gl.static_range(TURNS * FOLD):
+            quarter = left.index(worker + part // FOLD).slice(part % FOLD * OUTS, OUTS, 0)
             y += quarter.slice(part % FOLD * BLOCK_M, BLOCK_M, 1).load(of_y)
         if HAS_BIAS:
             y += gl.load(bias_ptr + n, mask=n < outs, other=0.0).to(gl.float32)
@@ -191,17 +198,21 @@ def _multiply(
 @gluon.jit(do_not_specialize=["tokens", "outs", "steps"])
 def _streamed_kernel(
     x_tiles, words_tiles, scales_tiles, y_ptr, bias_ptr, tokens, outs, steps, magic, magic8,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr, WORKERS: tl.constexpr, UNITS: tl.constexpr,
-    STAGES: tl.constexpr, REGISTERS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr, TURNS: tl.constexpr, TILES: tl.constexpr,
+    UNITS: tl.constexpr, STAGES: tl.constexpr, REGISTERS: tl.constexpr,
 ):  # fmt: skip
+    """A crew for each of TURNS in turns, or for each of TILES tiles side by side."""
+    WORKERS: tl.constexpr = TURNS * TILES
     gdc_launch_dependents()
     x_ring = gl.allocate_shared_memory(
         x_tiles.dtype, [STAGES * UNITS * 2, FOLD, 1, BLOCK_M, 64], gl.NVMMASharedLayout(128, 16, 4)
     )
     words_ring = gl.allocate_shared_memory(
-        gl.int32, [STAGES, 1, UNITS * FOLD * 2, 16 // FOLD, 32], gl.NVMMASharedLayout(128, 32, 4)
+        gl.int32, [STAGES * TILES, 1, UNITS * FOLD * 2, 16 // FOLD, 32], gl.NVMMASharedLayout(128, 32, 4)
     )
-    scales_ring = gl.allocate_shared_memory(gl.int32, [STAGES, UNITS * FOLD, 8, 4], gl.NVMMASharedLayout(0, 32, 3))
+    scales_ring = gl.allocate_shared_memory(
+        gl.int32, [STAGES * TILES, UNITS * FOLD, 8, 4], gl.NVMMASharedLayout(0, 32, 3)
+    )
     left = gl.allocate_shared_memory(
         gl.float32, [WORKERS, 64, FOLD * BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
     )
@@ -210,8 +221,8 @@ def _streamed_kernel(
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    mbarrier.init(done.index(0), count=WORKERS - 1 if WORKERS > 1 else 1)
+        mbarrier.init(empty.index(slot), count=TILES)
+    mbarrier.init(done.index(0), count=TURNS - 1 if TURNS > 1 else 1)
     fence_async_shared()
     W0: tl.constexpr = 0
     W1: tl.constexpr = 1
@@ -220,21 +231,21 @@ def _streamed_kernel(
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic,
-            magic8, HAS_BIAS, BLOCK_M, FOLD, WORKERS, UNITS, STAGES,
+            magic8, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES,
         )), (_load_weight, (
-            words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps, BLOCK_M, FOLD, UNITS, STAGES,
+            words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps, BLOCK_M, FOLD, TILES, UNITS, STAGES,
         )), (_load_x, (x_tiles, x_ring, full, empty, steps, FOLD, UNITS, STAGES)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
         (_multiply, (
             W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic,
-            magic8, HAS_BIAS, BLOCK_M, FOLD, WORKERS, UNITS, STAGES,
+            magic8, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES,
         )), (_multiply, (
             W1, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic,
-            magic8, HAS_BIAS, BLOCK_M, FOLD, WORKERS, UNITS, STAGES,
+            magic8, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES,
         )), (_load_weight, (
-            words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps, BLOCK_M, FOLD, UNITS, STAGES,
+            words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps, BLOCK_M, FOLD, TILES, UNITS, STAGES,
         )), (_load_x, (x_tiles, x_ring, full, empty, steps, FOLD, UNITS, STAGES)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
 
@@ -245,7 +256,7 @@ def matmul(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, streamed: S
     y = torch.empty(tokens, weight.outs, dtype=x.dtype, device=x.device)
     fold, units = streamed.fold, streamed.units
     pairs = weight.scales.view(torch.int32)
-    _streamed_kernel[(out_tiles * fold,)](
+    _streamed_kernel[(triton.cdiv(out_tiles * fold, streamed.tiles),)](
         TensorDescriptor(
             x, [ins // GROUP, 2, tokens, 64], [GROUP, 64, x.stride(0), 1], [fold, 1, streamed.block_m, 64],
             gl.NVMMASharedLayout(128, 16, 4),
@@ -260,7 +271,7 @@ def matmul(x: Tensor, weight: TensorCoreWeight, bias: Tensor | None, streamed: S
         ),
         y, y if bias is None else bias,
         tokens, weight.outs, triton.cdiv(ins, units * fold * GROUP), *magics(x.dtype),
-        bias is not None, streamed.block_m, fold, streamed.workers, units, streamed.stages,
+        bias is not None, streamed.block_m, fold, streamed.turns, streamed.tiles, units, streamed.stages,
         streamed.worker_registers,
         num_warps=4, launch_pdl=EARLY, maxnreg=streamed.launch_registers,
     )  # fmt: skip

@@ -45,7 +45,8 @@ class Block:
 class Streamed(Crews):
     """`streamed`: a program has 64 / `fold` outputs and all inputs, its crews take steps of `units` · `fold` · 128 in turns.
 
-    `residents` fit side by side on a multiprocessor: those of a launch, and of the next one.
+    Or crews stand `beside` each other, each with all steps of 64 outputs of its own. `residents` fit side by side on a
+    multiprocessor: those of a launch, and of the next one.
     """
 
     block_m: int
@@ -54,11 +55,22 @@ class Streamed(Crews):
     units: int
     stages: int
     residents: int
+    beside: bool = False
+
+    @property
+    def tiles(self) -> int:
+        """Of 64 / `fold` outputs, that a program has."""
+        return self.workers if self.beside else 1
+
+    @property
+    def turns(self) -> int:
+        """Crews that share the steps of a tile."""
+        return 1 if self.beside else self.workers
 
     @property
     def shared_memory(self) -> int:
         """Bytes of the ring, and of what crews leave each other."""
-        step = self.units * (self.fold * self.block_m * 256 + 4096 + self.fold * 128)
+        step = self.units * (self.fold * self.block_m * 256 + self.tiles * (4096 + self.fold * 128))
         return self.stages * (step + 16) + self.workers * self.fold * self.block_m * 256 + 8
 
 
