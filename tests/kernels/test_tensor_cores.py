@@ -324,7 +324,7 @@ def test_streamed_programs_fit_beside_others(tiling: Streamed) -> None:
         (32, 8448, 4096, Streamed(32, 2, 1, 2, 2, 2)),
         (1, 16896, 14336, Streamed(8, 1, 2, 2, 8, 2)),
         (1, 25344, 8192, Streamed(8, 1, 1, 2, 5, 3)),
-        (1, 25352, 8192, Streamed(8, 1, 1, 2, 4, 4)),
+        (1, 25352, 8192, Streamed(8, 1, 2, 2, 5, 2, beside=True)),
         (16, 16904, 4096, Streamed(16, 1, 1, 2, 4, 3)),
     ],
 )

@@ -112,28 +112,28 @@ STREAMED: tuple[tuple[Streamed | None, ...], ...] = (
         Streamed(4, 2, 2, 2, 8, 2),
         Streamed(8, 1, 2, 2, 8, 2),
         Streamed(8, 1, 1, 2, 5, 3),
-        Streamed(8, 1, 1, 2, 4, 4),
+        Streamed(8, 1, 2, 2, 5, 2, beside=True),
     ),
     (
         Streamed(8, 2, 2, 1, 12, 2),
         Streamed(8, 2, 2, 1, 6, 3),
         Streamed(8, 1, 2, 2, 8, 2),
         Streamed(8, 1, 1, 2, 5, 3),
-        Streamed(8, 1, 1, 2, 4, 4),
+        Streamed(8, 1, 2, 2, 5, 2, beside=True),
     ),
     (
         Streamed(16, 2, 1, 2, 4, 2),
         Streamed(16, 2, 2, 1, 6, 2),
         Streamed(16, 1, 1, 2, 6, 2),
         Streamed(16, 1, 1, 2, 4, 3),
-        Streamed(16, 1, 1, 1, 6, 4),
+        Streamed(16, 1, 2, 1, 8, 2, beside=True),
     ),
     (
         Streamed(32, 2, 1, 2, 2, 2),
         Streamed(32, 2, 1, 2, 2, 2),
         Streamed(32, 1, 1, 2, 4, 2),
         Streamed(32, 1, 1, 2, 2, 3),
-        Streamed(32, 1, 1, 1, 3, 4),
+        Streamed(32, 1, 2, 1, 5, 2, beside=True),
     ),
 )
 

@@ -79,9 +79,9 @@ def choose(kind: str, tokens: int, outs: int, ins: int, group_size: int) -> Tili
         return Block(64, 1, 1, 2, 4, False, 2, 2, min(2 * PROCESSORS // blocks, SPLITS[64]))
     if tokens <= 64:
         if tiles <= 3 * PROCESSORS:
-            return Block(64, 1, 1, 2, 2, not fills(tiles, 3), 3, 3)
-        return Block(64, 2, 1, 1, 5, not fills(ceil(tiles / 2), 2), 2, 2)
-    return _many(kind, ceil(tokens / 128), tiles)
+            return Block(64, 1, 1, 2, 2, fill(tiles, 3) < FULL, 3, 3)
+        return Block(64, 2, 1, 1, 5, fill(ceil(tiles / 2), 2) < FULL, 2, 2)
+    return _many(kind, ceil(tokens / 128), tiles, ins)
 
 
 def _folded(tokens: int, ins: int) -> Folded:
@@ -103,26 +103,28 @@ def _few(tokens: int, tiles: int, ins: int) -> Block:
             block_m, 1, 1, 2, {8: 7, 16: 5, 32: 4}[block_m], False, 3, 3, min(3 * PROCESSORS // tiles, SPLITS[32])
         )
     if block_m == 8:
-        return Block(8, 2, 1, 2, 5, not fills(ceil(tiles / 2), 2), 2, 2)
-    return Block(block_m, 2, 1, 1, {16: 10, 32: 8}[block_m], not fills(ceil(tiles / 2), 2), 2, 2)
+        return Block(8, 2, 1, 2, 5, fill(ceil(tiles / 2), 2) < FULL, 2, 2)
+    return Block(block_m, 2, 1, 1, {16: 10, 32: 8}[block_m], fill(ceil(tiles / 2), 2) < FULL, 2, 2)
 
 
-def _many(kind: str, blocks_m: int, tiles: int) -> Block:
+def _many(kind: str, blocks_m: int, tiles: int, ins: int) -> Block:
     """`blocks_m` blocks of 128 tokens: tensor cores decide."""
-    if kind == "weight" and fills(blocks_m * ceil(tiles / 4), 1):
+    two, three, four = (blocks_m * ceil(tiles / crews) for crews in (2, 3, 4))
+    if kind == "weight" and fill(four, 1) >= max(FULL, 0.9 * fill(three, 1)):
         return Block(128, 4, 1, 1, 4, False)
-    blocks = blocks_m * ceil(tiles / 2)
-    if blocks <= PROCESSORS:
-        return Block(128, 2, 1, 2, 3, False, split=min(PROCESSORS // blocks, SPLITS[128]))
-    if not fills(blocks, 1) and fills(blocks_m * ceil(tiles / 3), 1):
+    if two <= PROCESSORS:
+        split = min(PROCESSORS // two, SPLITS[128])
+        shared = ins > LONG and fill(split * two, 1) < FULL
+        return Block(128, 2, 1, 2, 3, shared, split=1 if shared else split)
+    if fill(three, 1) >= FULL and (kind == "weight" or fill(two, 1) < FULL):
         return Block(128, 3, 1, 1, 5, False)
-    return Block(128, 2, 1, 2, 3, not fills(blocks, 1))
+    return Block(128, 2, 1, 2, 3, fill(two, 1) < FULL)
 
 
-def fills(blocks: int, residents: int) -> bool:
-    """Whether so many blocks, a program each, keep the places for programs in use until the end."""
+def fill(blocks: int, residents: int) -> float:
+    """The part of the places for programs in use, on average until the end, by so many blocks with a program each."""
     places = residents * PROCESSORS
-    return blocks >= FULL * places * ceil(blocks / places)
+    return blocks / places / ceil(blocks / places)
 
 
 def units_of(units: int, group_size: int, ins: int) -> int:
