@@ -237,24 +237,19 @@ def test_the_table_of_a_memory_budget_holds_what_was_measured():
 
 
 def test_the_tables_of_experts_hold_the_measured_times():
-    run = measured("experts_h200.json")
-    beside, apart = [rows for rows in tables((ROOT / "docs" / "experts.md").read_text()) if "tokens" in rows[0]]
-    names = {"bf16": "loop", "W4A16": "w4a16", "bound": "bound"}
-    names |= {f"`{kind}`": f"{kind}_scales" for kind in ("float", "integer", "weight")}
-    assert [int(row["tokens"]) for row in beside] == [row["tokens"] for row in run["rows"]]
-    for told, row in zip(beside, run["rows"], strict=True):
-        assert {name: told[name] for name in names} == {name: f"{row[key]:.1f}" for name, key in names.items()}
-        assert told["bf16 / `integer`"] == f"{row['loop'] / row['integer_scales']:.2f}"
-        assert row["loop"] == min(row[peer] for peer in ("loop", "grouped", "transformers", "transformers_eager"))
-    for told in apart:
-        best = {
-            kind: min((r["microseconds"] for r in run["search"] if (r["kind"], str(r["tokens"])) == (kind, told["tokens"])),
-                      default=float("inf"))
-            for kind in ("half", "integer", "weight")
-        }  # fmt: skip
-        cells = {kind: f"{taken:.1f}".replace("inf", "–") for kind, taken in best.items()}
-        assert [told[name] for name in ("W4A16", "`integer`", "`weight`")] == list(cells.values())
-        assert told["W4A16 / best"] == f"{best['half'] / min(best['integer'], best['weight']):.2f}"
+    shapes = measured("experts_h200.json")["shapes"]
+    told = [rows for rows in tables((ROOT / "docs" / "experts.md").read_text()) if "tokens" in rows[0]]
+    kinds = ("float", "integer", "weight")
+    for rows, peer, shape in zip(told, ("loop", "grouped"), ("mixtral-8x7b", "qwen3-30b-a3b"), strict=True):
+        expected = []
+        for row in shapes[shape]["rows"]:
+            best = min(row[f"{kind}_scales"] for kind in kinds)
+            assert row[peer] == min(row[other] for other in ("loop", "grouped", "transformers", "transformers_eager"))
+            cells = {"tokens": str(row["tokens"]), "bf16": f"{row[peer]:.1f}", "W4A16": f"{row['w4a16']:.1f}"}
+            cells |= {f"`{kind}`": f"{row[f'{kind}_scales']:.1f}" for kind in kinds}
+            cells |= {"bf16 / best": f"{row[peer] / best:.2f}", "W4A16 / best": f"{row['w4a16'] / best:.2f}"}
+            expected.append(cells | {"bound": f"{row['bound']:.1f}"})
+        assert rows == expected
 
 
 def test_the_tables_of_runs_hold_the_measured_times():
