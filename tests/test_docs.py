@@ -1,5 +1,6 @@
 """The documents say what is so: examples load, links lead somewhere, tables hold the measured numbers."""
 
+import importlib
 import json
 import re
 import shlex
@@ -204,6 +205,12 @@ def test_the_tables_of_4_bit_products_hold_the_measured_times_of_what_they_launc
     for (_, tokens), row in times.items():
         for kind, tiling in row["tilings"].items():
             assert tiling == repr(w4a8_tilings.choose(kind, tokens, row["outs"], row["ins"], 128))
+
+
+def test_the_plot_of_w4a8_is_drawn_from_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cliff = importlib.import_module("performance_cliff")
+    assert cliff.drawn(measured("w4a8_h200.json")["rows"]) == (ROOT / "docs" / "w4a8.svg").read_text()
 
 
 def test_the_table_of_whole_models_holds_the_measured_steps():
