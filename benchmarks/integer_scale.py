@@ -14,7 +14,7 @@ import json
 import platform
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -36,6 +36,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"method": "gptq", "ranges": "mse"}],
 }
 AMPLIFIERS = ("heuristic", 256, 512, 1024, 2048, 4096, "layer", "row")
+NEARBY = (896, 928, 960, 992, 1056, 1088, 1120, 1152)  # round the scales otherwise: draws of what 1024 costs
 FORMS = {"fresh": False, "plug-in": True}
 BEGIN, END = "<!-- integer-scale: begin -->", "<!-- integer-scale: end -->"
 
@@ -108,17 +109,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     exact = [told([row["perplexity"] for row in found[model, method, "float", ""]]) for model, method in columns]
     lines.append(f"| float | {' | '.join(exact)} |")
-    for amplifier in amplifiers:
-        cells = (" / ".join(difference(found, *column, form, amplifier) for form in FORMS) for column in columns)
-        lines.append(f"| {amplifier} | {' | '.join(cells)} |")
+    for label, alike in [(str(amplifier), (amplifier,)) for amplifier in amplifiers] + [("896 to 1152", NEARBY)]:
+        cells = [" / ".join(difference(found, *column, form, alike) for form in FORMS) for column in columns]
+        if any(cell != "– / –" for cell in cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def difference(found: Found, model: str, method: str, form: str, amplifier: str | int) -> str:
-    """To float scales with the same calibration text, seed by seed."""
-    exact = {row["seed"]: row["perplexity"] for row in found[model, method, "float", ""]}
-    mine = found.get((model, method, form, amplifier), [])
-    differences = [row["perplexity"] - exact[row["seed"]] for row in mine if row["seed"] in exact]
+def difference(found: Found, model: str, method: str, form: str, amplifiers: Sequence[str | int]) -> str:
+    """To float scales with the same calibration text, on the same device: the mean over seeds and amplifiers."""
+    draw = lambda row: (row["seed"], row.get("device"))  # noqa: E731
+    exact = {draw(row): row["perplexity"] for row in found[model, method, "float", ""]}
+    mine = [row for amplifier in amplifiers for row in found.get((model, method, form, amplifier), [])]
+    differences = [row["perplexity"] - exact[draw(row)] for row in mine if draw(row) in exact]
     return told(differences, "+") if differences else "–"
 
 

@@ -93,8 +93,8 @@ def _token_attention_kernel(
     KV_HEADS: tl.constexpr, TOGETHER: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
     TOGETHER_OR_MORE: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """TOGETHER query heads share a head of keys; HEADS: so many that tensor cores take them; TOGETHER_OR_MORE: a power of
-    two. WIDE: products of float32."""
+    """TOGETHER query heads share a head of keys; HEADS: so many that tensor cores take them; TOGETHER_OR_MORE: the
+    power of two from TOGETHER on. WIDE: products of float32."""
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
