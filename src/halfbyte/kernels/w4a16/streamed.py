@@ -9,8 +9,8 @@ meet in a ring of STAGES slots in shared memory; a step is UNITS · FOLD · 128 
 
 TURNS crews take the steps in turns; what they have is added up in shared memory. STAGES is a multiple of TURNS: a slot
 belongs to one crew, which so sees all of its phases. Or TILES crews stand side by side over 64 outputs each, for the same x.
-A launch fetches its weight while the kernel before it ends: where there are
-places for the programs of the next launch, memory never idles.
+A launch fetches its weight while the kernel before it ends: where there are places for the programs of the next launch,
+memory never idles.
 
 Where outputs are few, FOLD is 2: a row of the operand takes the inputs in turns of 128 with the row 32 below it, and x is
 there twice, once for each turn. Two of the four quarters of what comes out are the sums; see kernels/w4a8/folded.py.

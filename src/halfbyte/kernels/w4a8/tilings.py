@@ -63,7 +63,7 @@ Tiling = Block | Folded
 TOKENS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 PROCESSORS = 132  # of an H200, for which the launches were found
 FULL = 0.8  # of the places in use: then programs take whole blocks, else they share out the steps
-LONG = 8192  # inputs, up to which sharing a block costs more than it saves
+LONG = 8192  # inputs: beyond, what a program reads and multiplies is more than what sharing a block costs
 SPLITS = {32: 6, 64: 4, 128: 2}  # programs at most that share a block: its owner has registers for what they leave
 
 
@@ -75,7 +75,7 @@ def choose(kind: str, tokens: int, outs: int, ins: int, group_size: int) -> Tili
     if tokens <= 32:
         return _few(tokens, tiles, ins)
     blocks = ceil(tokens / 64) * tiles
-    if blocks <= (2 if ins <= LONG else 1) * PROCESSORS:
+    if blocks <= (2 if ins <= LONG else 1) * PROCESSORS:  # so few that small ones, all there at once, are best
         return Block(64, 1, 1, 2, 4, False, 2, 2, min(2 * PROCESSORS // blocks, SPLITS[64]))
     if tokens <= 64:
         if tiles <= 3 * PROCESSORS:
