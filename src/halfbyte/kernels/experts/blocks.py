@@ -77,11 +77,14 @@ def _fetch_x(x_tiles, x_ring, ready, slot, row, step, PIECES: tl.constexpr, WIDT
 
 @gluon.jit
 def _load(
-    x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles, blocks_n,
-    steps, steps_of_group,
+    loaded,
     WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, PIECES: tl.constexpr,
     WIDTH: tl.constexpr, BYTES: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
+        blocks_n, steps, steps_of_group,
+    ) = loaded  # fmt: skip
     blocks_m = gl.load(schedule_ptr)
     _share, _each, begin, end = _run(blocks_m * blocks_n, steps, SHARED)
     # the weight is there for good: only x may have to wait for the kernel before this one
@@ -138,11 +141,14 @@ def _add(
 
 @gluon.jit
 def _multiply(
-    worker: tl.constexpr, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr,
-    partial_ptr, counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
+    worker: tl.constexpr, given,
     KIND: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr,
     UNITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
+        counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
+    ) = given  # fmt: skip
     # the most that triton multiplies at once: 128 in int8
     COLUMNS: tl.constexpr = BLOCK_M if (BLOCK_M < 128 or KIND == HALF) else 128
     FEW: tl.constexpr = BLOCK_M <= 16  # then scales wait in registers, and results go to memory from there
@@ -269,55 +275,33 @@ def _experts_kernel(
     W1: tl.constexpr = 1
     W2: tl.constexpr = 2
     W3: tl.constexpr = 3
-    # tuples are written out: in a variable, what is constant in them would be no longer
+    given = (
+        x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
+        counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
+    )  # fmt: skip
+    loaded = (
+        x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
+        blocks_n, steps, steps_of_group,
+    )  # fmt: skip
+    # what is constant is written out: in a variable it would be so no longer
     if WORKERS == 1:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
-            blocks_n, steps, steps_of_group, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_load, (loaded, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE)),
         ], [1], [24])  # fmt: skip
     elif WORKERS == 2:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
-            blocks_n, steps, steps_of_group, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_multiply, (W1, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_load, (loaded, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W2, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W3, x_ring, words_ring, scales_ring, y_stage, full, empty, y_ptr, x_scales_ptr, row_scales_ptr, partial_ptr,
-            counters_ptr, schedule_ptr, out_tiles, blocks_n, steps, bits, bits8,
-            KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, schedule_ptr, out_tiles,
-            blocks_n, steps, steps_of_group, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_multiply, (W1, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_multiply, (W2, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_multiply, (W3, given, KIND, HIGH, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, BESIDE)),
+        (_load, (loaded, WORKERS, EACH, UNITS, PARTS, PIECES, WIDTH, BYTES, STAGES, SHARED, BESIDE)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 

@@ -73,10 +73,13 @@ def _each(blocks, steps, SHARED: tl.constexpr):
 
 @gluon.jit
 def _load(
-    x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
+    loaded,
     BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
     SHARED: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
+    ) = loaded  # fmt: skip
     steps = (in_tiles + RUN - 1) // RUN
     blocks_n = (out_tiles + WORKERS * EACH - 1) // (WORKERS * EACH)
     blocks_m = (tokens + BLOCK_M - 1) // BLOCK_M
@@ -121,12 +124,15 @@ def _pairs(pointer, at, step, ins, per_group, mask, GROUP_SIZE: tl.constexpr, RU
 
 @gluon.jit
 def _multiply(
-    worker: tl.constexpr, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr,
-    partial_ptr, counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+    worker: tl.constexpr, given,
     GROUP_SIZE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
     WORKERS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
     BESIDE: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+        counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+    ) = given  # fmt: skip
     dtype: tl.constexpr = x_ring.dtype
     PARTS: tl.constexpr = 2 if GROUP_SIZE == 32 else 1  # groups of a tile
     GROUPS: tl.constexpr = RUN * PARTS if (GROUP_SIZE == 32 or GROUP_SIZE == 64) else 1  # of a step
@@ -274,44 +280,27 @@ def _many_tokens_kernel(
     W1: tl.constexpr = 1
     W2: tl.constexpr = 2
     W3: tl.constexpr = 3
-    # tuples are written out: in a variable, what is constant in them would be no longer
+    given = (
+        x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
+        counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
+    )  # fmt: skip
+    loaded = (
+        x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
+    )  # fmt: skip
+    # what is constant is written out: in a variable it would be so no longer
     if WORKERS == 2:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W1, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )), (_load, (
-            x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
-            BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )),
+        (_multiply, (W0, given, GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
+        (_multiply, (W1, given, GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
+        (_load, (loaded, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W1, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W2, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )), (_multiply, (
-            W3, x_ring, words_ring, y_stage, full, empty, y_tiles, scales_ptr, offsets_ptr, bias_ptr, partial_ptr,
-            counters_ptr, tokens, outs, ins, out_tiles, in_tiles, magic, magic8,
-            GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )), (_load, (
-            x_tiles, words_tiles, x_ring, words_ring, full, empty, tokens, out_tiles, in_tiles,
-            BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE,
-        )),
+        (_multiply, (W0, given, GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
+        (_multiply, (W1, given, GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
+        (_multiply, (W2, given, GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
+        (_multiply, (W3, given, GROUP_SIZE, HAS_ZEROS, HAS_BIAS, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
+        (_load, (loaded, BLOCK_M, WORKERS, EACH, RUN, STAGES, SHARED, BESIDE)),
         ], [4, 4, 4, 1], [120, 120, 120, 24])  # fmt: skip
 
 

@@ -161,11 +161,13 @@ def _add_steps(
 
 @gluon.jit
 def _multiply(
-    worker: tl.constexpr, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps,
-    magic, magic8,
+    worker: tl.constexpr, given,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr, TURNS: tl.constexpr, TILES: tl.constexpr,
     UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic, magic8,
+    ) = given  # fmt: skip
     sums: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FOLD * BLOCK_M, 16])
     OUTS: tl.constexpr = 64 // FOLD
     of_y: tl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
@@ -226,27 +228,26 @@ def _streamed_kernel(
     fence_async_shared()
     W0: tl.constexpr = 0
     W1: tl.constexpr = 1
-    # tuples are written out: in a variable, what is constant in them would be no longer
+    given = (
+        x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic, magic8,
+    )  # fmt: skip
+    # what is constant is written out: in a variable it would be so no longer
     if WORKERS == 1:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic,
-            magic8, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES,
-        )), (_load_weight, (
+        (_multiply, (W0, given, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES)),
+        (_load_weight, (
             words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps, BLOCK_M, FOLD, TILES, UNITS, STAGES,
-        )), (_load_x, (x_tiles, x_ring, full, empty, steps, FOLD, UNITS, STAGES)),
+        )),
+        (_load_x, (x_tiles, x_ring, full, empty, steps, FOLD, UNITS, STAGES)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic,
-            magic8, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, bias_ptr, tokens, outs, steps, magic,
-            magic8, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES,
-        )), (_load_weight, (
+        (_multiply, (W0, given, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES)),
+        (_multiply, (W1, given, HAS_BIAS, BLOCK_M, FOLD, TURNS, TILES, UNITS, STAGES)),
+        (_load_weight, (
             words_tiles, scales_tiles, words_ring, scales_ring, full, empty, steps, BLOCK_M, FOLD, TILES, UNITS, STAGES,
-        )), (_load_x, (x_tiles, x_ring, full, empty, steps, FOLD, UNITS, STAGES)),
+        )),
+        (_load_x, (x_tiles, x_ring, full, empty, steps, FOLD, UNITS, STAGES)),
         ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
 
 

@@ -57,11 +57,14 @@ def _fetch_x(x_tiles, x_ring, ready, slot, block_m, step, BLOCK_M: tl.constexpr,
 
 @gluon.jit
 def _load(
-    x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n, steps,
-    steps_of_group,
+    loaded,
     BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
     STAGES: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n, steps,
+        steps_of_group,
+    ) = loaded  # fmt: skip
     TILES: tl.constexpr = WORKERS * EACH
     BYTES: tl.constexpr = UNITS * BLOCK_M * 128 + TILES * (UNITS * 4096 + PARTS * 128)
     each = steps_each(blocks_m * blocks_n, steps, SHARED)
@@ -100,12 +103,15 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    worker: tl.constexpr, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-    row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+    worker: tl.constexpr, given,
     KIND: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
     WORKERS: tl.constexpr, EACH: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
     SPLIT: tl.constexpr, BESIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
+        bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+    ) = given  # fmt: skip
     COLUMNS: tl.constexpr = BLOCK_M if BLOCK_M < 128 else 128  # the most that triton multiplies at once in int8
     FEW: tl.constexpr = BLOCK_M <= 16  # then scales wait in registers, and results go to memory from there
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -241,74 +247,40 @@ def _blocks_kernel(
     W1: tl.constexpr = 1
     W2: tl.constexpr = 2
     W3: tl.constexpr = 3
-    # tuples are written out: in a variable, what is constant in them would be no longer
+    given = (
+        x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
+        bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
+    )  # fmt: skip
+    loaded = (
+        x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n, steps,
+        steps_of_group,
+    )  # fmt: skip
+    # what is constant is written out: in a variable it would be so no longer
     if WORKERS == 1:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_load, (loaded, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE)),
         ], [1], [24])  # fmt: skip
     elif WORKERS == 2:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_multiply, (W1, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_load, (loaded, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WORKERS == 3:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_multiply, (
-            W2, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_multiply, (W1, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_multiply, (W2, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_load, (loaded, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_multiply, (
-            W2, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_multiply, (
-            W3, x_ring, words_ring, scales_ring, y_stage, full, empty, y_tiles, y_ptr, x_scales_ptr,
-            row_scales_ptr, bias_ptr, bias_stride, partial_ptr, counters_ptr, tokens, outs, blocks_m, blocks_n, steps, signs,
-            KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, blocks_m, blocks_n,
-            steps, steps_of_group, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_multiply, (W1, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_multiply, (W2, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_multiply, (W3, given, KIND, HIGH, HAS_BIAS, BLOCK_M, WORKERS, EACH, UNITS, STAGES, SHARED, SPLIT, BESIDE, PARTS)),
+        (_load, (loaded, BLOCK_M, WORKERS, EACH, UNITS, PARTS, STAGES, SHARED, SPLIT, BESIDE)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 

@@ -62,9 +62,12 @@ def _fetch_x(x_tiles, x_ring, ready, slot, step, UNITS: tl.constexpr):
 
 @gluon.jit
 def _load(
-    x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
+    loaded,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
+    ) = loaded  # fmt: skip
     early = gl.minimum(steps, STAGES)
     # the weight is there for good: only x may have to wait for the kernel before this one
     for step in range(early):
@@ -135,11 +138,14 @@ def _add_turns(
 
 @gluon.jit
 def _multiply(
-    worker: tl.constexpr, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr,
-    bias_ptr, bias_stride, tokens, outs, steps, signs,
+    worker: tl.constexpr, given,
     KIND: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, WORKERS: tl.constexpr,
     UNITS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    (
+        x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
+        bias_stride, tokens, outs, steps, signs,
+    ) = given  # fmt: skip
     sums: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * TOKENS, 32])
     of_y: tl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
     n = gl.program_id(0) * 32 + gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, of_y)), 1)
@@ -195,29 +201,24 @@ def _folded_kernel(
     fence_async_shared()
     W0: tl.constexpr = 0
     W1: tl.constexpr = 1
-    # tuples are written out: in a variable, what is constant in them would be no longer
+    given = (
+        x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
+        bias_stride, tokens, outs, steps, signs,
+    )  # fmt: skip
+    loaded = (
+        x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
+    )  # fmt: skip
+    # what is constant is written out: in a variable it would be so no longer
     if WORKERS == 1:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
-            bias_stride, tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
-            TOKENS, UNITS, STAGES,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES)),
+        (_load, (loaded, TOKENS, UNITS, STAGES)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-        (_multiply, (
-            W0, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
-            bias_stride, tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
-        )), (_multiply, (
-            W1, x_ring, words_ring, scales_ring, left, full, empty, done, y_ptr, x_scales_ptr, row_scales_ptr, bias_ptr,
-            bias_stride, tokens, outs, steps, signs, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES,
-        )), (_load, (
-            x_tiles, words_tiles, scales_tiles, x_ring, words_ring, scales_ring, full, empty, steps,
-            TOKENS, UNITS, STAGES,
-        )),
+        (_multiply, (W0, given, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES)),
+        (_multiply, (W1, given, KIND, HIGH, HAS_BIAS, TOKENS, WORKERS, UNITS, STAGES)),
+        (_load, (loaded, TOKENS, UNITS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
