@@ -170,17 +170,14 @@ def candidate_streams(block_m: int) -> Iterator[Stream]:
 
 
 def candidate_streamed(tokens: int) -> Iterator[Streamed]:
-    for fold, workers, units, residents in product((1, 2), (1, 2), (1, 2, 4), (2, 3, 4)):
-        one = Streamed(max(tokens, 8 // fold), fold, workers, units, 1, residents)
+    for fold, workers, units, residents, beside in product((1, 2), (1, 2), (1, 2, 4), (2, 3, 4), (False, True)):
+        if beside and (fold > 1 or workers == 1):
+            continue
+        one = Streamed(max(tokens, 8 // fold), fold, workers, units, 1, residents, beside)
         fit = stages_that_fit(residents, one.shared_memory, replace(one, stages=2).shared_memory)
-        stages = min(fit, 20 // units) // workers * workers
+        stages = min(fit, 20 // units) // one.turns * one.turns
         if stages >= 2 and one.worker_registers >= one.block_m * fold // 2 * (units + 1) + 48:
             yield replace(one, stages=stages)
-        if fold == 1 and workers > 1:
-            one = replace(one, beside=True)
-            fit = stages_that_fit(residents, one.shared_memory, replace(one, stages=2).shared_memory)
-            if fit >= 2 and one.worker_registers >= one.block_m // 2 * (units + 1) + 48:
-                yield replace(one, stages=min(fit, 20 // units))
 
 
 def stages_that_fit(residents: int, one: int, two: int) -> int:

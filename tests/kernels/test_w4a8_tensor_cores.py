@@ -14,8 +14,8 @@ from without_layouts import interpreted
 
 from closeness import assert_close, relative_error
 from halfbyte.errors import WeightError
-from halfbyte.kernels import crews, ring
-from halfbyte.kernels.w4a8 import blocks, folded, sums, tensor_cores, tilings, turns
+from halfbyte.kernels import crews, ring, turns
+from halfbyte.kernels.w4a8 import blocks, folded, sums, tensor_cores, tilings
 from halfbyte.kernels.w4a8.prepared import Kind, PreparedWeight
 from halfbyte.kernels.w4a8.tilings import Block, Folded
 from halfbyte.packing import int32_words

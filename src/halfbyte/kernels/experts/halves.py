@@ -81,8 +81,8 @@ def add_halves(
                 pairs = gl.convert_layout(pairs, wide, assert_trivial=True)
                 scale = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
                 scale8 = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
+            piece = words_ring.index(slot * WORKERS + worker)
             for half in gl.static_range(2):
-                piece = words_ring.index(slot * WORKERS + worker)
                 rows, rows8 = _plus_magic(piece, unit * 32 + half * 16, magic, magic8, dtype, EACH, wide)
                 rows -= offset
                 rows8 -= offset8

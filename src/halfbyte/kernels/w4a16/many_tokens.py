@@ -20,7 +20,7 @@ registers from which `wgmma` is still to read.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportAssignmentType=false
 # triton's decorators change signatures in ways that types do not tell
-# ruff: noqa: RET505, RUF005 - triton compiles what follows a return, and has no stars
+# ruff: noqa: RUF005 - triton compiles what follows a return, and has no stars
 
 import torch
 import triton
@@ -40,6 +40,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.device import processors
 from halfbyte.kernels.ring import barrier, fetch, flush
+from halfbyte.kernels.turns import place, steps_each
 from halfbyte.kernels.w4a16.codes import plus_magic
 from halfbyte.kernels.w4a16.prepared import TensorCoreWeight, magics
 from halfbyte.kernels.w4a16.tilings import EARLY, Block, run_of
@@ -54,24 +55,6 @@ def _of_rows(pairs, dtype: tl.constexpr):
 
 
 @gluon.jit
-def _place(block, blocks_m, blocks_n, BESIDE: tl.constexpr):
-    """BESIDE blocks of tokens go side by side over one of outputs, so that its words come from the L2 cache."""
-    first_m = block // (BESIDE * blocks_n) * BESIDE
-    within = block % (BESIDE * blocks_n)
-    beside = gl.minimum(blocks_m - first_m, BESIDE)
-    return first_m + within % beside, within // beside
-
-
-@gluon.jit
-def _each(blocks, steps, SHARED: tl.constexpr):
-    """How many steps a program has in a row."""
-    if SHARED:
-        return (blocks * steps + gl.num_programs(0) - 1) // gl.num_programs(0)
-    else:
-        return steps
-
-
-@gluon.jit
 def _load(
     loaded,
     BLOCK_M: tl.constexpr, WORKERS: tl.constexpr, EACH: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
@@ -83,7 +66,7 @@ def _load(
     steps = (in_tiles + RUN - 1) // RUN
     blocks_n = (out_tiles + WORKERS * EACH - 1) // (WORKERS * EACH)
     blocks_m = (tokens + BLOCK_M - 1) // BLOCK_M
-    each = _each(blocks_m * blocks_n, steps, SHARED)
+    each = steps_each(blocks_m * blocks_n, steps, SHARED)
     begin = gl.program_id(0) * each
     end = blocks_m * blocks_n * steps
     if SHARED:
@@ -91,7 +74,7 @@ def _load(
     turn = 0
     gdc_wait()
     while begin < end:
-        block_m, block_n = _place(begin // steps, blocks_m, blocks_n, BESIDE)
+        block_m, block_n = place(begin // steps, blocks_m, blocks_n, BESIDE)
         first = begin % steps
         last = gl.minimum(first + end - begin, steps)
         for step in range(first, last):
@@ -159,7 +142,7 @@ def _multiply(
     steps = (in_tiles + RUN - 1) // RUN
     blocks_n = (out_tiles + WORKERS * EACH - 1) // (WORKERS * EACH)
     blocks_m = (tokens + BLOCK_M - 1) // BLOCK_M
-    each = _each(blocks_m * blocks_n, steps, SHARED)
+    each = steps_each(blocks_m * blocks_n, steps, SHARED)
     start = gl.program_id(0) * each
     begin = start
     end = blocks_m * blocks_n * steps
@@ -168,7 +151,7 @@ def _multiply(
     turn = 0
     while begin < end:
         block = begin // steps
-        block_m, block_n = _place(block, blocks_m, blocks_n, BESIDE)
+        block_m, block_n = place(block, blocks_m, blocks_n, BESIDE)
         first = begin % steps
         last = gl.minimum(first + end - begin, steps)
         tile = (block_n * WORKERS + worker) * EACH

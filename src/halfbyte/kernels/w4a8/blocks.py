@@ -39,10 +39,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from halfbyte.kernels.device import processors
 from halfbyte.kernels.ring import after, barrier, fetch, fetch_weight, flush
+from halfbyte.kernels.turns import place, run_of, share_of, steps_each
 from halfbyte.kernels.w4a8.prepared import PreparedWeight
 from halfbyte.kernels.w4a8.sums import FLOAT, add_steps, by_lanes, by_rows
 from halfbyte.kernels.w4a8.tilings import EARLY, GROUP, Block, units_of
-from halfbyte.kernels.w4a8.turns import place, run_of, share_of, steps_each
 
 SIGNS = -0x7F7F7F80  # 0x80808080 as int32
 KINDS = {"float": 0, "integer": 1, "weight": 2}

@@ -102,9 +102,8 @@ def _few(tokens: int, tiles: int, ins: int) -> Block:
         return Block(
             block_m, 1, 1, 2, {8: 7, 16: 5, 32: 4}[block_m], False, 3, 3, min(3 * PROCESSORS // tiles, SPLITS[32])
         )
-    if block_m == 8:
-        return Block(8, 2, 1, 2, 5, fill(ceil(tiles / 2), 2) < FULL, 2, 2)
-    return Block(block_m, 2, 1, 1, {16: 10, 32: 8}[block_m], fill(ceil(tiles / 2), 2) < FULL, 2, 2)
+    units, stages = {8: (2, 5), 16: (1, 10), 32: (1, 8)}[block_m]
+    return Block(block_m, 2, 1, units, stages, fill(ceil(tiles / 2), 2) < FULL, 2, 2)
 
 
 def _many(kind: str, blocks_m: int, tiles: int, ins: int) -> Block:

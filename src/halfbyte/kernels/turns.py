@@ -1,6 +1,7 @@
-"""Which steps of which blocks a program of `blocks` computes; see the docstring there.
+"""Which steps of which blocks a program computes, where blocks of one product, or their steps, are dealt out to programs.
 
-A block has so many steps; all blocks in a row have `blocks` · `steps`, and a program has runs of them.
+A block has so many steps; all blocks in a row have `blocks` · `steps`, and a program has runs of them. SHARED and SPLIT are
+as in kernels/w4a8/blocks.py.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
