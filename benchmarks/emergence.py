@@ -29,11 +29,11 @@ from halfbyte.models.heads import head_counts
 from halfbyte.models.linearize import linearize
 from halfbyte.models.tables import ARCHITECTURES
 from halfbyte.runtime.load import load
+from page import tell
 
 LAYERS, TOKENS = 0.25, 0.06  # shares that make a dimension an outlier dimension
 DRAWS = 3
 SILENCED = 6  # dimensions that are set to zero
-BEGIN, END = "<!-- emergence: begin -->", "<!-- emergence: end -->"
 
 
 class Counter:
@@ -183,10 +183,7 @@ def main() -> None:
     }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-    print(tables(found))
-    if options.page:
-        before, rest = options.page.read_text().split(BEGIN)
-        options.page.write_text(before + BEGIN + "\n" + tables(found) + "\n" + END + rest.split(END, 1)[1])
+    tell(tables(found), options.page, "emergence")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from halfbyte.plan import resolved
 from halfbyte.runtime.load import load
 from halfbyte.runtime.replacement import from_module
 from halfbyte.scheme import ActivationFormat, PerChannel, PerGroup, WeightFormat
+from page import tell
 
-BEGIN, END = "<!-- head: begin -->", "<!-- head: end -->"
 PER_CHANNEL = WeightFormat(bits=8, granularity=PerChannel())
 IN_GROUPS = WeightFormat(bits=8, granularity=PerGroup(size=128))
 HEADS: dict[str, tuple[WeightFormat, ActivationFormat | None] | None] = {
@@ -110,9 +110,7 @@ def main() -> None:
     if options.json:
         device = platform.processor() or "cpu"
         options.json.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1) + "\n")
-    if options.page:
-        before, rest = options.page.read_text().split(BEGIN)
-        options.page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
+    tell(table(rows), options.page, "head")
 
 
 if __name__ == "__main__":

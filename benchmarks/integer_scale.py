@@ -29,6 +29,7 @@ from halfbyte.pipeline import quantize
 from halfbyte.recipe import Recipe
 from halfbyte.runtime.load import load
 from line_plot import Line, Plot, svg
+from page import tell
 
 METHODS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"method": "rtn"}],
@@ -38,7 +39,6 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 AMPLIFIERS = ("heuristic", 256, 512, 1024, 2048, 4096, "layer", "row")
 NEARBY = (896, 928, 960, 992, 1056, 1088, 1120, 1152)  # round the scales otherwise: draws of what 1024 costs
 FORMS = {"fresh": False, "plug-in": True}
-BEGIN, END = "<!-- integer-scale: begin -->", "<!-- integer-scale: end -->"
 
 
 def scales(amplifiers: list[str | int]) -> Iterator[tuple[str, str | int, dict[str, Any]]]:
@@ -90,7 +90,7 @@ def measure(model: Path, method: str, scale: dict[str, Any], seed: int, options:
 
 
 def told(figures: list[float], sign: str = "") -> str:
-    """The mean over the seeds, with its standard error where there are several."""
+    """The mean over the draws, with its standard error where there are several."""
     error = f" ± {stdev(figures) / len(figures) ** 0.5:.3f}" if len(figures) > 1 else ""
     return f"{fmean(figures):{sign}.3f}{error}"
 
@@ -109,7 +109,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     exact = [told([row["perplexity"] for row in found[model, method, "float", ""]]) for model, method in columns]
     lines.append(f"| float | {' | '.join(exact)} |")
-    for label, alike in [(str(amplifier), (amplifier,)) for amplifier in amplifiers] + [("896 to 1152", NEARBY)]:
+    for label, alike in [(str(amplifier), (amplifier,)) for amplifier in amplifiers] + [
+        (f"{NEARBY[0]} to {NEARBY[-1]}", NEARBY)
+    ]:
         cells = [" / ".join(difference(found, *column, form, alike) for form in FORMS) for column in columns]
         if any(cell != "– / –" for cell in cells):
             lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -167,13 +169,9 @@ def main() -> None:
         rows = json.loads(options.render.read_text())["rows"]
     else:
         rows = run(options)
-    rendered = table(rows)
-    print(rendered)
+    tell(table(rows), options.page, "integer-scale")
     if options.plot:
         options.plot.write_text(plot(rows, rows[0]["model"]))
-    if options.page:
-        before, rest = options.page.read_text().split(BEGIN)
-        options.page.write_text(before + BEGIN + "\n" + rendered + "\n" + END + rest.split(END)[1])
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -190,13 +188,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 measured = measure(model, method, scale, seed, options)
                 name = model.name + (" smoothed" if options.smooth else "")
                 which = {"model": name, "method": method, "form": form, "amplifier": amplifier, "seed": seed}
-                rows.append(which | measured)
+                rows.append(which | measured | {"device": device})
                 print(json.dumps(rows[-1]), flush=True)
                 if options.json:
                     options.json.write_text(
-                        json.dumps(
-                            {"device": device, "versions": versions, "protocol": protocol, "rows": rows}, indent=1
-                        )
+                        json.dumps({"versions": versions, "protocol": protocol, "rows": rows}, indent=1)
                     )
     return rows
 

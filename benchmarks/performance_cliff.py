@@ -1,6 +1,8 @@
 """Draw how the W4A8 kernels' lead over bf16 falls when arithmetic takes over from bytes, of what benchmarks/w4a8.py measured.
 
-python benchmarks/performance_cliff.py docs/measurements/w4a8_h200.json docs/w4a8.svg
+    python benchmarks/performance_cliff.py docs/measurements/w4a8_h200.json docs/w4a8.svg
+
+The numbers are there already: no GPU is needed.
 """
 
 import argparse

@@ -22,8 +22,7 @@ from halfbyte.evaluation.perplexity import evaluate
 from halfbyte.pipeline import quantize
 from halfbyte.recipe import shipped
 from halfbyte.runtime.load import load
-
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+from page import tell
 
 
 def measure(model: Path, recipe: str, options: argparse.Namespace, original: Any) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.render:
         rows = json.loads(options.render.read_text())["rows"]
-        write_readme(table(rows, list(dict.fromkeys(row["model"] for row in rows))), options.readme)
+        tell(table(rows, list(dict.fromkeys(row["model"] for row in rows))), options.readme, "measured")
         return
     rows: list[dict[str, Any]] = []
     for model in options.models:
@@ -100,16 +99,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
     rendered = table(rows, list(dict.fromkeys(row["model"] for row in rows)))
-    write_readme(rendered, options.readme)
-
-
-def write_readme(rendered: str, readme: Path | None) -> None:
-    """Print the table, and put it between the markers of a file."""
-    print(rendered)
-    if readme:
-        text = readme.read_text()
-        before, rest = text.split(BEGIN)
-        readme.write_text(before + BEGIN + "\n" + rendered + "\n" + END + rest.split(END)[1])
+    tell(rendered, options.readme, "measured")
 
 
 if __name__ == "__main__":
