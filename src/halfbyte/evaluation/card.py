@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from halfbyte.evaluation.report import HUB_NAME, Report, model_name, templates
-from halfbyte.evaluation.summary import grouped, kind, spread
+from halfbyte.evaluation.summary import grouped, in_block, spread
 from halfbyte.layouts import LAYOUTS
 from halfbyte.recipe import Recipe
 from halfbyte.scheme import WeightFormat
@@ -121,8 +121,7 @@ def _formats(report: Report) -> list[WeightFormat]:
     recipe = Recipe.load(report.recipe)
     count: dict[WeightFormat, int] = {}
     for module in report.modules:
-        outside = kind(module.path) == module.path  # of the blocks, whose paths have numbers: the head
-        format = recipe.scheme.head if outside else recipe.format_of(module.path)
+        format = recipe.format_of(module.path) if in_block(module.path) else recipe.scheme.head
         if format is not None:
             count[format] = count.get(format, 0) + 1
     return sorted(count, key=lambda format: -count[format])

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 
 from halfbyte.evaluation import chart, units
-from halfbyte.evaluation.summary import grouped, kind, spread
+from halfbyte.evaluation.summary import grouped, in_block, spread
 from halfbyte.plan import Plan
 from halfbyte.record import ModuleRecord
 
@@ -86,8 +86,8 @@ def weakest(report: Report) -> list[ModuleRecord]:
     observed = any(module.output_snr is not None for module in report.modules)
 
     def measured(module: ModuleRecord) -> float:
-        in_block = kind(module.path) != module.path  # what the head gives is not observed
-        value = module.output_snr if observed and in_block else module.weight_snr
+        # what the head gives is not observed
+        value = module.output_snr if observed and in_block(module.path) else module.weight_snr
         return -math.inf if value is None else value
 
     return sorted(report.modules, key=measured)

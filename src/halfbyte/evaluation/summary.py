@@ -38,6 +38,11 @@ def grouped(modules: Iterable[Member], alike: Callable[[Member], Hashable]) -> l
     return [Group(_name([module.path for module in members]), tuple(members)) for members in found.values()]
 
 
+def in_block(path: str) -> bool:
+    """Whether a module stands in a block, whose paths have numbers; else it is the head."""
+    return kind(path) != path
+
+
 def kind(path: str) -> str:
     """The path with `*` for every number: what a module is, whichever block and expert it belongs to."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
